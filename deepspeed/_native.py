@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the two compiled modules on demand and says clearly why when it cannot.
+
+``core()`` gives ``deepspeed._core`` (config, plan, files; no torch needed); ``lib()`` gives ``deepspeed._C`` (collectives,
+reducer, step; imports torch).
+"""
+
+import importlib
+import os
+import sys
+
+_BUILD_HINT = "Build it with `pip install .` from the source tree, with the same Python that runs this script."
+
+
+class NativeExtensionError(ImportError):
+    """A compiled module is missing or does not fit this environment."""
+
+
+def _extension_exists(name):
+    """Whether some build of module ``name`` lies beside this file, for whichever Python."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    return any(entry.startswith(name + ".") and entry.endswith((".so", ".pyd")) for entry in os.listdir(here))
+
+
+def _load(name):
+    try:
+        return importlib.import_module("deepspeed." + name)
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed." + name:
+            raise
+        if _extension_exists(name):
+            raise NativeExtensionError(
+                f"deepspeed.{name} was built for another Python than {sys.version.split()[0]} ({sys.executable}). {_BUILD_HINT}"
+            ) from error
+        raise NativeExtensionError(
+            f"The compiled module deepspeed.{name} is missing: the package was not built. {_BUILD_HINT}") from error
+
+
+def core():
+    """The compiled module that needs no torch."""
+    return sys.modules.get("deepspeed._core") or _load("_core")
+
+
+def lib():
+    """The compiled module that stands on torch; imports torch first."""
+    module = sys.modules.get("deepspeed._C")
+    if module is not None:
+        return module
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise NativeExtensionError(
+            f"deepspeed needs PyTorch and {sys.executable} has none: install torch>=2.11, then build deepspeed again.") from error
+    try:
+        return _load("_C")
+    except NativeExtensionError:
+        raise
+    except ImportError as error:
+        built = getattr(core(), "TORCH_VERSION", "unknown")
+        raise NativeExtensionError(
+            f"deepspeed._C was built against torch {built} and does not load with torch {torch.__version__} "
+            f"({error}). {_BUILD_HINT}") from error
