@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `from tests.parity.launch import on_ranks` work from every test, whatever directory pytest is started in."""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+def pytest_sessionfinish():
+    launch = sys.modules.get("tests.parity.launch")
+    if launch is not None:
+        launch.shutdown()
