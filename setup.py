@@ -143,6 +143,11 @@ def _tool(name, minimum=()):
     return path if answer.returncode == 0 and found >= minimum else None
 
 
+def _run(command):
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"\ndeepspeed: this command failed, its messages are above:\n  {shlex.join(command)}\n")
+
+
 # ---- setuptools commands --------------------------------------------------------------------------------------------
 
 class CMakeBuild(build_ext):
@@ -164,9 +169,9 @@ class CMakeBuild(build_ext):
             f"-DDS_PYTHON_OUTPUT_DIR={output_dir}", *shlex.split(os.environ.get("DS_CMAKE_ARGS", ""))
         ]
         print(f"deepspeed: building against torch {torch['version']} in {torch['dir']}", flush=True)
-        subprocess.run(configure, check=True)
+        _run(configure)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([cmake, "--build", build_dir, "--target", "_core", "_C", *jobs], check=True)
+        _run([cmake, "--build", build_dir, "--target", "_core", "_C", *jobs])
         for extension in self.extensions:
             target = self.get_ext_fullpath(extension.name)
             os.makedirs(os.path.dirname(target), exist_ok=True)

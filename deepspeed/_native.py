@@ -53,12 +53,16 @@ def lib():
             raise
         raise NativeExtensionError(
             f"deepspeed needs PyTorch and {sys.executable} has none: install torch>=2.11, then build deepspeed again.") from error
+    built = getattr(core(), "TORCH_VERSION", "unknown")
+    # libtorch's C++ interface holds only within one minor version; across them a load may even succeed and crash later.
+    fits = built.split("+")[0].split(".")[:2] == torch.__version__.split("+")[0].split(".")[:2]
     try:
-        return _load("_C")
+        if fits:
+            return _load("_C")
+        reason = "another minor version"
     except NativeExtensionError:
         raise
     except ImportError as error:
-        built = getattr(core(), "TORCH_VERSION", "unknown")
-        raise NativeExtensionError(
-            f"deepspeed._C was built against torch {built} and does not load with torch {torch.__version__} "
-            f"({error}). {_BUILD_HINT}") from error
+        reason = str(error)
+    raise NativeExtensionError(
+        f"deepspeed was built against torch {built} and this is torch {torch.__version__} ({reason}). {_BUILD_HINT}")
