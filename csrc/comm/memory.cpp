@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "comm/memory.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "base/error.h"
+
+namespace ds::comm {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Anonymous pages: zero, not resident until touched.
+class HostBuffer : public SymmetricBuffer {
+ public:
+  static std::shared_ptr<HostBuffer> make(size_t bytes) {
+    const size_t slack = bytes >= kHugePage ? kHugePage : 0;
+    const size_t mapped = (bytes == 0 ? 1 : bytes) + slack;
+    void* base = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    DS_CHECK(base != MAP_FAILED, "cannot map " << bytes << " bytes: " << std::strerror(errno));
+    auto address = reinterpret_cast<uintptr_t>(base);
+    if (slack != 0) {
+      address = (address + slack - 1) / slack * slack;
+      ::madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
+    }
+    return std::shared_ptr<HostBuffer>(new HostBuffer(base, mapped, reinterpret_cast<void*>(address), bytes));
+  }
+  ~HostBuffer() override { ::munmap(base_, mapped_); }
+
+ private:
+  HostBuffer(void* base, size_t mapped, void* data, size_t bytes)
+      : SymmetricBuffer(data, bytes, Device::Cpu, 0), base_(base), mapped_(mapped) {}
+  void* base_;
+  size_t mapped_;
+};
+
+}  // namespace
+
+std::shared_ptr<SymmetricBuffer> HostMemory::allocate(size_t bytes) { return HostBuffer::make(bytes); }
+
+void HostMemory::copy(void* dst, const void* src, size_t bytes) {
+  if (bytes != 0) std::memmove(dst, src, bytes);
+}
+
+}  // namespace ds::comm
