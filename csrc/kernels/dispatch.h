@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "base/dtype.h"
 #include "base/error.h"
@@ -48,10 +49,15 @@ void dispatch_optional(const void* pointer, DType t, const char* name, F&& f) {
   dispatch_float(t, name, f);
 }
 
-inline void check_size(int64_t n) { DS_CHECK_VALUE(n >= 0, "n must not be negative, got " << n); }
-
-inline void check_pointer(const void* pointer, const char* name, int64_t n) {
-  DS_CHECK_VALUE(pointer != nullptr || n == 0, name << " is null");
+// A size and the arrays of that many elements: negative sizes and null arrays (of a positive size) are refused by name.
+struct NamedArray {
+  const void* pointer;
+  const char* name;
+};
+inline void check_arrays(int64_t n, std::initializer_list<NamedArray> arrays) {
+  DS_CHECK_VALUE(n >= 0, "n must not be negative, got " << n);
+  if (n == 0) return;
+  for (const NamedArray& a : arrays) DS_CHECK_VALUE(a.pointer != nullptr, a.name << " is null");
 }
 
 }  // namespace ds::kernels

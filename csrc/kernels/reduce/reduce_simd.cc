@@ -175,19 +175,16 @@ HWY_EXPORT(FirstNonfinite);
 
 void reduce_sum(float* dst, const void* const* src, int nsrc, DType src_dt, float scale, bool accumulate, int64_t n,
                 double* stats) {
-  check_size(n);
-  check_pointer(dst, "dst", n);
+  check_arrays(n, {{dst, "dst"}});
   DS_CHECK_VALUE(nsrc >= 1, "nsrc must be at least 1, got " << nsrc);
-  for (int k = 0; k < nsrc; ++k) check_pointer(src[k], "src", n);
+  for (int k = 0; k < nsrc; ++k) check_arrays(n, {{src[k], "src"}});
   double lanes[kStatLanes];
   HWY_DYNAMIC_DISPATCH(ReduceSum)(dst, src, nsrc, src_dt, scale, accumulate, n, stats != nullptr ? lanes : nullptr);
   if (stats != nullptr) finish_statistics(lanes, dst, n, stats);
 }
 
 void copy_scale(void* dst, DType dst_dt, const void* src, DType src_dt, float scale, int64_t n) {
-  check_size(n);
-  check_pointer(dst, "dst", n);
-  check_pointer(src, "src", n);
+  check_arrays(n, {{dst, "dst"}, {src, "src"}});
   if (dst_dt == src_dt && scale == 1.0f) {
     if (dst != src && n != 0) std::memcpy(dst, src, static_cast<size_t>(n) * dtype_size(src_dt));
     return;
@@ -200,14 +197,12 @@ void accumulate(float* dst, const void* src, DType src_dt, float scale, int64_t 
 }
 
 int64_t first_nonfinite(const void* src, DType src_dt, int64_t n) {
-  check_size(n);
-  check_pointer(src, "src", n);
+  check_arrays(n, {{src, "src"}});
   return HWY_DYNAMIC_DISPATCH(FirstNonfinite)(src, src_dt, n);
 }
 
 void sum_squares(const float* x, int64_t n, double* stats) {
-  check_size(n);
-  check_pointer(x, "x", n);
+  check_arrays(n, {{x, "x"}});
   double lanes[kStatLanes];
   HWY_DYNAMIC_DISPATCH(SumSquares)(x, n, lanes);
   finish_statistics(lanes, x, n, stats);
