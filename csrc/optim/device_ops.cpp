@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "optim/device_ops.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "base/error.h"
+#include "kernels/reduce/reduce.h"
+#ifdef DS_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace ds::optim {
+namespace {
+
+// Statistics are summed chunk by chunk in order, so chunks must not depend on the number of threads.
+constexpr int64_t kChunk = int64_t{1} << 18;
+
+char* ptr(const at::Tensor& t) { return t.defined() ? static_cast<char*>(t.data_ptr()) : nullptr; }
+float* f32(const at::Tensor& t) { return reinterpret_cast<float*>(ptr(t)); }
+float* f32_at(const at::Tensor& t, int64_t i) { return t.defined() ? f32(t) + i : nullptr; }
+char* at_index(const at::Tensor& t, int64_t i) {
+  return t.defined() ? ptr(t) + i * static_cast<int64_t>(t.element_size()) : nullptr;
+}
+DType dtype_or_f32(const at::Tensor& t) { return t.defined() ? to_dtype(t.scalar_type()) : DType::F32; }
+
+template <typename F>
+void for_chunks(int64_t n, F&& body) {
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  if (chunks <= 1 || at::get_num_threads() == 1) {
+    for (int64_t c = 0; c < chunks; ++c) body(c, c * kChunk, std::min(n, (c + 1) * kChunk));
+    return;
+  }
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) body(c, c * kChunk, std::min(n, (c + 1) * kChunk));
+  });
+}
+
+void sum_chunks(const std::vector<double>& parts, double* stats) {
+  stats[0] = stats[1] = 0;
+  for (size_t i = 0; i < parts.size(); i += 2) {
+    stats[0] += parts[i];
+    stats[1] += parts[i + 1];
+  }
+}
+
+std::vector<double> chunk_stats(int64_t n) { return std::vector<double>(static_cast<size_t>(2 * ((n + kChunk - 1) / kChunk))); }
+
+#ifdef DS_WITH_CUDA
+cudaStream_t stream_of(const at::Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.device().index()).stream(); }
+at::Tensor cuda_workspace(const at::Tensor& like) {
+  return at::empty({kernels::kCudaReduceWorkspaceBytes}, at::TensorOptions().dtype(at::kByte).device(like.device()));
+}
+#define DS_ON_CUDA(tensor, ...)                       \
+  if ((tensor).is_cuda()) {                           \
+    const c10::cuda::CUDAGuard guard((tensor).device()); \
+    __VA_ARGS__;                                      \
+    return;                                           \
+  }
+#else
+#define DS_ON_CUDA(tensor, ...) \
+  DS_CHECK((tensor).is_cpu(), "a tensor lies on " << (tensor).device().str() << " but this build of deepspeed has no CUDA code: rebuild with nvcc on PATH")
+#endif
+
+}  // namespace
+
+DType to_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return DType::F32;
+    case at::kHalf: return DType::F16;
+    case at::kBFloat16: return DType::BF16;
+    case at::kDouble: return DType::F64;
+    case at::kLong: return DType::I64;
+    case at::kInt: return DType::I32;
+    case at::kShort: return DType::I16;
+    case at::kChar: return DType::I8;
+    case at::kByte: return DType::U8;
+    case at::kBool: return DType::BOOL;
+    default: DS_FAIL_VALUE("dtype " << c10::toString(type) << " is not supported here");
+  }
+}
+
+void reduce_sum(const at::Tensor& dst, const void* const* srcs, int nsrc, DType src_dtype, float scale, bool accumulate,
+                const at::Tensor& stats) {
+  const int64_t n = dst.numel();
+  double* out = stats.data_ptr<double>();
+  DS_ON_CUDA(dst, kernels::reduce_sum(f32(dst), srcs, nsrc, src_dtype, scale, accumulate, n, out,
+                                      cuda_workspace(dst).data_ptr(), stream_of(dst)));
+  std::vector<double> parts = chunk_stats(n);
+  const int64_t es = static_cast<int64_t>(dtype_size(src_dtype));
+  for_chunks(n, [&](int64_t c, int64_t begin, int64_t end) {
+    std::vector<const void*> moved(static_cast<size_t>(nsrc));
+    for (int r = 0; r < nsrc; ++r) moved[r] = static_cast<const char*>(srcs[r]) + begin * es;
+    kernels::reduce_sum(f32(dst) + begin, moved.data(), nsrc, src_dtype, scale, accumulate, end - begin, &parts[2 * c]);
+  });
+  sum_chunks(parts, out);
+}
+
+void copy_scale(const at::Tensor& dst, const at::Tensor& src, float scale) {
+  const int64_t n = dst.numel();
+  const DType to = to_dtype(dst.scalar_type()), from = to_dtype(src.scalar_type());
+  DS_ON_CUDA(dst, kernels::copy_scale(ptr(dst), to, ptr(src), from, scale, n, stream_of(dst)));
+  for_chunks(n, [&](int64_t, int64_t begin, int64_t end) {
+    kernels::copy_scale(at_index(dst, begin), to, at_index(src, begin), from, scale, end - begin);
+  });
+}
+
+void accumulate(const at::Tensor& dst, const at::Tensor& src, float scale) {
+  const int64_t n = dst.numel();
+  const DType from = to_dtype(src.scalar_type());
+  DS_ON_CUDA(dst, kernels::accumulate(f32(dst), ptr(src), from, scale, n, stream_of(dst)));
+  for_chunks(n, [&](int64_t, int64_t begin, int64_t end) {
+    kernels::accumulate(f32(dst) + begin, at_index(src, begin), from, scale, end - begin);
+  });
+}
+
+void sum_squares(const at::Tensor& x, const at::Tensor& stats) {
+  const int64_t n = x.numel();
+  double* out = stats.data_ptr<double>();
+  DS_ON_CUDA(x, kernels::sum_squares(f32(x), n, out, cuda_workspace(x).data_ptr(), stream_of(x)));
+  std::vector<double> parts = chunk_stats(n);
+  for_chunks(n, [&](int64_t c, int64_t begin, int64_t end) { kernels::sum_squares(f32(x) + begin, end - begin, &parts[2 * c]); });
+  sum_chunks(parts, out);
+}
+
+int64_t first_nonfinite(const void* src, DType dtype, int64_t n, at::Device device) {
+#ifdef DS_WITH_CUDA
+  if (device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(device);
+    at::Tensor index = at::empty({1}, at::TensorOptions().dtype(at::kLong).device(device));
+    kernels::first_nonfinite(src, dtype, n, index.data_ptr<int64_t>(), stream_of(index));
+    return index.item<int64_t>();
+  }
+#endif
+  return kernels::first_nonfinite(src, dtype, n);
+}
+
+void adam(const kernels::Adam& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,
+          const at::Tensor& v, const at::Tensor& low) {
+  const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
+  DS_ON_CUDA(p, kernels::adam(h, grad_scale, f32(p), ptr(g), gd, f32(m), f32(v), ptr(low), ld, p.numel(), stream_of(p)));
+  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+    kernels::adam(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), f32_at(v, b), at_index(low, b), ld, e - b);
+  });
+}
+
+void lion(const kernels::Lion& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,
+          const at::Tensor& low) {
+  const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
+  DS_ON_CUDA(p, kernels::lion(h, grad_scale, f32(p), ptr(g), gd, f32(m), ptr(low), ld, p.numel(), stream_of(p)));
+  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+    kernels::lion(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), at_index(low, b), ld, e - b);
+  });
+}
+
+void adagrad(const kernels::Adagrad& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& sum,
+             const at::Tensor& low) {
+  const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
+  DS_ON_CUDA(p, kernels::adagrad(h, grad_scale, f32(p), ptr(g), gd, f32(sum), ptr(low), ld, p.numel(), stream_of(p)));
+  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+    kernels::adagrad(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(sum, b), at_index(low, b), ld, e - b);
+  });
+}
+
+void sgd(const kernels::Sgd& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& buf,
+         const at::Tensor& low) {
+  const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
+  DS_ON_CUDA(p, kernels::sgd(h, grad_scale, f32(p), ptr(g), gd, f32(buf), ptr(low), ld, p.numel(), stream_of(p)));
+  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+    kernels::sgd(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(buf, b), at_index(low, b), ld, e - b);
+  });
+}
+
+void lamb_direction(const kernels::Lamb& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,
+                    const at::Tensor& v, const at::Tensor& u, const at::Tensor& norms) {
+  const DType gd = to_dtype(g.scalar_type());
+  const int64_t n = p.numel();
+  double* out = norms.data_ptr<double>();
+  DS_ON_CUDA(p, kernels::lamb_direction(h, grad_scale, f32(p), ptr(g), gd, f32(m), f32(v), f32(u), n, out,
+                                        cuda_workspace(p).data_ptr(), stream_of(p)));
+  std::vector<double> parts = chunk_stats(n);
+  for_chunks(n, [&](int64_t c, int64_t b, int64_t e) {
+    kernels::lamb_direction(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), f32_at(v, b), f32_at(u, b), e - b, &parts[2 * c]);
+  });
+  double sums[2];
+  sum_chunks(parts, sums);
+  out[0] += sums[0];
+  out[1] += sums[1];
+}
+
+void lamb_apply(float lr_times_ratio, const at::Tensor& p, const at::Tensor& u, const at::Tensor& low) {
+  const DType ld = dtype_or_f32(low);
+  DS_ON_CUDA(p, kernels::lamb_apply(lr_times_ratio, f32(p), f32(u), ptr(low), ld, p.numel(), stream_of(p)));
+  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+    kernels::lamb_apply(lr_times_ratio, f32_at(p, b), f32_at(u, b), at_index(low, b), ld, e - b);
+  });
+}
+
+}  // namespace ds::optim

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "optim/slice_optimizer.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+#include "optim/device_ops.h"
+
+namespace ds::optim {
+namespace {
+
+at::Tensor part(const at::Tensor& t, const Segment& s) { return t.defined() ? t.narrow(0, s.begin, s.numel) : t; }
+
+// Elementwise kinds do not care where a parameter ends; padding holds zeros and stays zero under each of them.
+std::vector<Segment> merge_runs(const std::vector<Segment>& segments) {
+  std::vector<Segment> runs;
+  for (const Segment& s : segments) {
+    if (!runs.empty() && runs.back().group == s.group) {
+      runs.back().numel = s.begin + s.numel - runs.back().begin;
+    } else {
+      runs.push_back(s);
+    }
+  }
+  return runs;
+}
+
+}  // namespace
+
+Kind parse_kind(const std::string& name) {
+  if (name == "adam") return Kind::Adam;
+  if (name == "lion") return Kind::Lion;
+  if (name == "adagrad") return Kind::Adagrad;
+  if (name == "sgd") return Kind::Sgd;
+  if (name == "lamb") return Kind::Lamb;
+  DS_FAIL_VALUE("no fused step for optimizer '" << name << "'; known: adam, lion, adagrad, sgd, lamb");
+}
+
+std::vector<std::string> SliceOptimizer::state_names() const {
+  switch (kind_) {
+    case Kind::Adam:
+    case Kind::Lamb: return {"exp_avg", "exp_avg_sq"};
+    case Kind::Lion: return {"exp_avg"};
+    case Kind::Adagrad: return {"exp_avg_sq"};
+    case Kind::Sgd: return {"momentum_buffer"};
+  }
+  DS_FAIL("not an optimizer kind");
+}
+
+int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments) {
+  DS_CHECK(master.scalar_type() == at::kFloat && master.dim() == 1, "a master slice must be one-dimensional float32");
+  for (const Segment& s : segments) {
+    DS_CHECK(s.begin >= 0 && s.begin + s.numel <= master.numel(), "segment [" << s.begin << ", +" << s.numel << ") outside a slice of " << master.numel());
+    DS_CHECK(s.param >= 0 && s.param < params_, "segment of parameter " << s.param << " but there are " << params_);
+  }
+  OwnedSlice slice;
+  slice.master = std::move(master);
+  slice.low = std::move(low);
+  slice.runs = merge_runs(segments);
+  slice.segments = std::move(segments);
+  slices_.push_back(std::move(slice));
+  return static_cast<int>(slices_.size()) - 1;
+}
+
+void SliceOptimizer::ensure_states(OwnedSlice& slice) {
+  if (!slice.states.empty()) return;
+  for (size_t i = 0; i < state_names().size(); ++i) slice.states.push_back(at::zeros_like(slice.master));
+}
+
+void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale) {
+  DS_CHECK(grads.size() == slices_.size(), "step: " << grads.size() << " gradients for " << slices_.size() << " slices");
+  at::NoGradGuard no_grad;
+  for (OwnedSlice& slice : slices_) ensure_states(slice);
+  if (kind_ == Kind::Lamb) {
+    step_lamb(groups, grads, grad_scale);
+    return;
+  }
+  for (size_t i = 0; i < slices_.size(); ++i) {
+    for (const Segment& run : slices_[i].runs) step_run(slices_[i], run, groups.at(run.group), grads[i], grad_scale);
+  }
+}
+
+void SliceOptimizer::step_run(OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale) {
+  const at::Tensor p = part(slice.master, run), g = part(grad, run), low = part(slice.low, run);
+  const at::Tensor s0 = part(slice.states[0], run);
+  switch (kind_) {
+    case Kind::Adam:
+      adam({h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, h.decoupled, h.bias_correction, h.step}, grad_scale, p, g, s0,
+           part(slice.states[1], run), low);
+      return;
+    case Kind::Lion: lion({h.lr, h.beta1, h.beta2, h.weight_decay}, grad_scale, p, g, s0, low); return;
+    case Kind::Adagrad: adagrad({h.lr, h.eps, h.weight_decay}, grad_scale, p, g, s0, low); return;
+    case Kind::Sgd:
+      sgd({h.lr, h.momentum, h.dampening, h.weight_decay, h.nesterov, h.step == 1}, grad_scale, p, g, s0, low);
+      return;
+    case Kind::Lamb: break;
+  }
+  DS_FAIL("LAMB steps whole parameters");
+}
+
+// The trust ratio needs the norms of whole parameters, which may lie on several ranks: directions first, then one
+// reduction of all norms, then the update. The direction overwrites the gradient, which nobody reads after the step.
+void SliceOptimizer::step_lamb(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale) {
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  at::Tensor norms = at::zeros({params_, 2}, slices_.empty() ? options : options.device(slices_[0].master.device()));
+  for (size_t i = 0; i < slices_.size(); ++i) {
+    OwnedSlice& slice = slices_[i];
+    for (const Segment& s : slice.segments) {
+      const Hyper& h = groups.at(s.group);
+      const at::Tensor g = part(grads[i], s);
+      lamb_direction({h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, h.bias_correction, h.step, h.eps_inside_sqrt}, grad_scale,
+                     part(slice.master, s), g, part(slice.states[0], s), part(slice.states[1], s), g, norms[s.param]);
+    }
+  }
+  at::Tensor host = norms.cpu().contiguous();
+  reduce_norms_(host.data_ptr<double>(), host.numel());
+  const double* values = host.data_ptr<double>();
+  for (size_t i = 0; i < slices_.size(); ++i) {
+    OwnedSlice& slice = slices_[i];
+    for (const Segment& s : slice.segments) {
+      const Hyper& h = groups.at(s.group);
+      const double w = std::sqrt(values[2 * s.param]), u = std::sqrt(values[2 * s.param + 1]);
+      const double ratio = w > 0 && u > 0 ? std::clamp(w / u, h.min_coeff, h.max_coeff) : 1.0;
+      lamb_apply(static_cast<float>(h.lr * ratio), part(slice.master, s), part(grads[i], s), part(slice.low, s));
+    }
+  }
+}
+
+int64_t SliceOptimizer::state_bytes() const {
+  int64_t total = 0;
+  for (const OwnedSlice& slice : slices_) {
+    for (const at::Tensor& t : slice.states) total += t.numel() * static_cast<int64_t>(t.element_size());
+  }
+  return total;
+}
+
+}  // namespace ds::optim

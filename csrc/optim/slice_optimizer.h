@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Optimizer state over the slices a rank owns, and the fused step over them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace ds::optim {
+
+enum class Kind { Adam, Lion, Adagrad, Sgd, Lamb };
+Kind parse_kind(const std::string& name);
+
+// The hyperparameters of one parameter group as they stand when the step runs; each kind reads what it needs.
+struct Hyper {
+  double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0, momentum = 0, dampening = 0;
+  double max_coeff = 10, min_coeff = 0.01;
+  bool decoupled = true, bias_correction = true, nesterov = false, eps_inside_sqrt = false;
+  int64_t step = 1;   // number of this update, from 1
+};
+
+// A run of one parameter's elements inside a slice. `param` is any number that is the same on all ranks.
+struct Segment {
+  int64_t begin = 0;
+  int64_t numel = 0;
+  int group = 0;
+  int64_t param = 0;
+};
+
+// What one step works on: the fp32 master values (which may be the parameter's own memory), and where a low-precision
+// copy of the result goes (undefined: nowhere).
+struct OwnedSlice {
+  at::Tensor master;
+  at::Tensor low;
+  std::vector<Segment> segments;
+  std::vector<at::Tensor> states;   // fp32, as long as master; meaning by kind, see state_names()
+  std::vector<Segment> runs;        // neighbouring segments of one group, merged, padding between them included
+};
+
+class SliceOptimizer {
+ public:
+  // Sums `norms` (two doubles a parameter) over all owners of slices; needed by kinds that look at whole parameters.
+  using NormReducer = std::function<void(double* norms, int64_t count)>;
+
+  SliceOptimizer(Kind kind, int64_t params, NormReducer reduce_norms)
+      : kind_(kind), params_(params), reduce_norms_(std::move(reduce_norms)) {}
+
+  int add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments);
+  // One update of every slice from its fp32 gradient times grad_scale. Kinds with two passes overwrite the gradient.
+  void step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
+
+  std::vector<std::string> state_names() const;
+  std::vector<OwnedSlice>& slices() { return slices_; }
+  Kind kind() const { return kind_; }
+  int64_t state_bytes() const;
+
+ private:
+  void ensure_states(OwnedSlice& slice);
+  void step_run(OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale);
+  void step_lamb(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
+
+  Kind kind_;
+  int64_t params_;
+  NormReducer reduce_norms_;
+  std::vector<OwnedSlice> slices_;
+};
+
+}  // namespace ds::optim

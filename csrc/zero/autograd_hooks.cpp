@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "zero/autograd_hooks.h"
+
+#include <algorithm>
+
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "base/error.h"
+
+namespace ds::zero {
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::variable_list;
+
+// Runs after a parameter's gradient has been accumulated. The gradient is moved out at once: `.grad` never holds a
+// full-size tensor longer than this call.
+class GradientDone : public torch::autograd::FunctionPostHook {
+ public:
+  GradientDone(std::shared_ptr<BackwardContext> context, int param, at::Tensor tensor)
+      : context_(std::move(context)), param_(param), tensor_(std::move(tensor)) {}
+
+  variable_list operator()(const variable_list& outputs, const variable_list&) override {
+    at::Tensor& grad = tensor_.mutable_grad();
+    if (context_->closed || !grad.defined()) return outputs;
+    context_->arrange_end();
+    context_->reducer->on_grad(param_, grad);
+    grad.reset();
+    return outputs;
+  }
+
+ private:
+  std::shared_ptr<BackwardContext> context_;
+  int param_;
+  at::Tensor tensor_;
+};
+
+class BorderHook : public torch::autograd::FunctionPreHook {
+ public:
+  enum Kind { UnitOutput, UnitInput, Root };
+  BorderHook(std::shared_ptr<BackwardContext> context, Kind kind, std::vector<int> units)
+      : context_(std::move(context)), kind_(kind), units_(std::move(units)) {}
+
+  variable_list operator()(const variable_list& grads) override {
+    if (context_->closed) return grads;
+    switch (kind_) {
+      case Root:
+        context_->arrange_end();
+        break;
+      case UnitOutput:
+        context_->arrange_end();
+        for (int u : units_) context_->scheduler->enter_backward(u);
+        break;
+      case UnitInput:
+        for (int u : units_) context_->scheduler->leave_backward(u);
+        break;
+    }
+    return grads;
+  }
+
+ private:
+  std::shared_ptr<BackwardContext> context_;
+  Kind kind_;
+  std::vector<int> units_;
+};
+
+void hook_nodes(const std::shared_ptr<BackwardContext>& context, BorderHook::Kind kind, const std::vector<int>& units,
+                const std::vector<at::Tensor>& tensors) {
+  std::vector<Node*> seen;
+  for (const at::Tensor& t : tensors) {
+    const std::shared_ptr<Node>& node = t.grad_fn();
+    if (!node || std::find(seen.begin(), seen.end(), node.get()) != seen.end()) continue;
+    seen.push_back(node.get());
+    node->add_pre_hook(std::make_unique<BorderHook>(context, kind, units));
+  }
+}
+
+}  // namespace
+
+void BackwardContext::arrange_end() {
+  if (end_queued) return;
+  end_queued = true;
+  scheduler->begin_backward();
+  if (manual_end) return;
+  // A nested backward (reentrant checkpointing) ends before the outer one does. Usually the hook on the root's output
+  // gets here first, in the outermost backward. Otherwise the round ends with the nested one and what follows starts
+  // another round: slower, the same sum.
+  torch::autograd::Engine::get_default_engine().queue_callback([self = shared_from_this()] { self->end(); });
+}
+
+void BackwardContext::end() {
+  end_queued = false;
+  manual_end = false;
+  if (closed) return;
+  if (reducer != nullptr && !reducer->deferred()) reducer->flush();
+  scheduler->end_backward();
+}
+
+AutogradHooks::AutogradHooks(ParamStore& store, GradReducer* reducer, UnitScheduler& scheduler)
+    : context_(std::make_shared<BackwardContext>()) {
+  context_->store = &store;
+  context_->reducer = reducer;
+  context_->scheduler = &scheduler;
+}
+
+AutogradHooks::~AutogradHooks() { close(); }
+
+void AutogradHooks::watch_parameters() {
+  DS_CHECK(context_->reducer != nullptr, "watch_parameters needs a reducer");
+  for (size_t i = 0; i < context_->store->params().size(); ++i) {
+    Param& p = context_->store->params()[i];
+    if (p.dropped || !context_->store->flats()[p.flat].trainable) continue;
+    std::shared_ptr<Node> node = torch::autograd::impl::grad_accumulator(p.tensor);
+    DS_CHECK(node != nullptr, "parameter '" << p.name << "' does not require a gradient");
+    const uintptr_t key = node->add_post_hook(std::make_unique<GradientDone>(context_, static_cast<int>(i), p.tensor));
+    accumulators_.push_back({node, key});
+  }
+}
+
+void AutogradHooks::watch_outputs(const std::vector<int>& units, const std::vector<at::Tensor>& outputs) {
+  hook_nodes(context_, BorderHook::UnitOutput, units, outputs);
+}
+
+void AutogradHooks::watch_inputs(const std::vector<int>& units, const std::vector<at::Tensor>& inputs) {
+  hook_nodes(context_, BorderHook::UnitInput, units, inputs);
+}
+
+void AutogradHooks::watch_root(const std::vector<at::Tensor>& outputs) { hook_nodes(context_, BorderHook::Root, {}, outputs); }
+
+void AutogradHooks::begin_manual() {
+  context_->manual_end = true;
+  context_->end_queued = false;
+}
+
+void AutogradHooks::end_backward() { context_->end(); }
+
+void AutogradHooks::abort_backward() {
+  context_->end_queued = false;
+  context_->manual_end = false;
+}
+
+void AutogradHooks::close() {
+  if (context_->closed) return;
+  context_->closed = true;
+  for (Accumulator& a : accumulators_) static_cast<Node*>(a.node.get())->del_post_hook(a.key);
+  accumulators_.clear();
+}
+
+}  // namespace ds::zero

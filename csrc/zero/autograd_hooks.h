@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// What runs inside backward: hooks on gradient accumulators and on the graph nodes at unit borders, all in C++.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "zero/grad_reducer.h"
+#include "zero/unit_scheduler.h"
+
+namespace ds::zero {
+
+// Shared by all hooks. Graphs may outlive the engine; `closed` turns their hooks into no-ops.
+struct BackwardContext : std::enable_shared_from_this<BackwardContext> {
+  ParamStore* store = nullptr;
+  GradReducer* reducer = nullptr;      // null: nothing is trained
+  UnitScheduler* scheduler = nullptr;
+  bool closed = false;
+  bool manual_end = false;             // somebody calls end() after the backward returns
+  bool end_queued = false;
+
+  // The backward is over: reduce what is left, free what is gathered.
+  void end();
+  // Called at the start of a backward: makes sure that end() will run when the outermost one finishes.
+  void arrange_end();
+};
+
+class AutogradHooks {
+ public:
+  AutogradHooks(ParamStore& store, GradReducer* reducer, UnitScheduler& scheduler);
+  ~AutogradHooks();
+  AutogradHooks(const AutogradHooks&) = delete;
+
+  // On every trainable parameter's gradient accumulator.
+  void watch_parameters();
+  // Outputs of a module that uses `units`: their backward needs these units gathered.
+  void watch_outputs(const std::vector<int>& units, const std::vector<at::Tensor>& outputs);
+  // Inputs of the module: when the gradient reaches their producer, the units' backward is over.
+  void watch_inputs(const std::vector<int>& units, const std::vector<at::Tensor>& inputs);
+  // Outputs of the outermost module: the backward starts there.
+  void watch_root(const std::vector<at::Tensor>& outputs);
+
+  // Between begin_manual() and end_backward() the caller promises the latter, so no callback is queued.
+  void begin_manual();
+  void end_backward();
+  // A backward failed half-way: forget it.
+  void abort_backward();
+  void close();
+
+ private:
+  struct Accumulator {
+    std::shared_ptr<void> node;
+    uintptr_t key = 0;
+  };
+  std::shared_ptr<BackwardContext> context_;
+  std::vector<Accumulator> accumulators_;
+};
+
+}  // namespace ds::zero

@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "zero/param_store.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/StorageImpl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "base/checked.h"
+#include "base/error.h"
+
+namespace ds::zero {
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{64} << 20;
+constexpr int64_t kHomeAlignBytes = 4096;   // a flat starts on a page, so peers can drop exactly its pages
+
+at::Tensor view_bytes(void* data, int64_t numel, at::ScalarType dtype, at::Device device) {
+  return at::from_blob(data, {numel}, at::TensorOptions().dtype(dtype).device(device));
+}
+
+// The part of a flat where one parameter lies, seen with the parameter's own sizes and strides.
+at::Tensor slot_view(const at::Tensor& full, int64_t offset, const at::Tensor& like) {
+  at::Tensor flat = full.narrow(0, offset, like.numel());
+  if (like.numel() > 0 && like.is_non_overlapping_and_dense()) return flat.as_strided(like.sizes(), like.strides(), offset);
+  return flat.view(like.sizes());
+}
+
+}  // namespace
+
+ParamStore::ParamStore(Groups groups, at::Device device, StoreOptions options)
+    : groups_(std::move(groups)), device_(device), options_(options), pool_(device) {
+  DS_CHECK(groups_.world && groups_.shard && groups_.reduce, "ParamStore needs a world, a shard and a reduce transport");
+}
+
+std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_home(int64_t bytes) {
+  const int64_t size = round_up(bytes, kHomeAlignBytes);
+  if (!chunk_ || chunk_used_bytes_ + size > static_cast<int64_t>(chunk_->bytes())) {
+    chunk_ = groups_.shard->allocate(static_cast<size_t>(std::max(size, kChunkBytes)));
+    chunk_used_bytes_ = 0;
+  }
+  const int64_t offset = chunk_used_bytes_;
+  chunk_used_bytes_ += size;
+  return {chunk_, offset};
+}
+
+int ParamStore::add_unit(UnitRequest request) {
+  const size_t n = request.params.size();
+  DS_CHECK(request.names.size() == n && request.trainable.size() == n && request.dtypes.size() == n,
+           "add_unit: names, trainable and dtypes must be as many as params");
+  const int index = static_cast<int>(units_.size());
+  units_.emplace_back();
+  units_.back().name = request.name;
+  units_.back().alive_params = static_cast<int>(n);
+  units_.back().persistent = request.persistent;
+
+  // One flat for each (dtype, trainable): first the trainable ones, in order of appearance.
+  std::map<std::pair<bool, int>, std::vector<int>> groups;
+  for (size_t i = 0; i < n; ++i) {
+    groups[{!request.trainable[i], static_cast<int>(request.dtypes[i])}].push_back(static_cast<int>(i));
+  }
+  for (const auto& [key, members] : groups) add_flat(index, request, members);
+
+  Unit& unit = units_.back();
+  unit.state = UnitState::Gathered;
+  if (options_.shard_params && !unit.persistent) release(index);
+  return index;
+}
+
+int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector<int>& members) {
+  Flat flat;
+  flat.unit = unit;
+  flat.dtype = request.dtypes[members.front()];
+  flat.trainable = request.trainable[members.front()];
+  std::vector<int64_t> numels;
+  for (int m : members) numels.push_back(request.params[m].numel());
+  flat.layout = plan::plan_flat(numels, world(), options_.align_numel);
+
+  const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
+  const int64_t full_bytes = flat.layout.numel() * es;
+  const int64_t shard_bytes = flat.layout.shard_numel * es;
+  std::tie(flat.home, flat.home_offset_bytes) = allocate_home(options_.shard_params ? shard_bytes : full_bytes);
+  char* home = static_cast<char*>(flat.home->data()) + flat.home_offset_bytes;
+  if (options_.shard_params) {
+    flat.shard = view_bytes(home, flat.layout.shard_numel, flat.dtype, device_);
+    flat.buffer = pool_.take(full_bytes);
+    flat.full = view_bytes(flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
+  } else {
+    flat.full = view_bytes(home, flat.layout.numel(), flat.dtype, device_);
+    flat.shard = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
+  }
+  fill_flat(flat, request, members);
+
+  const int index = static_cast<int>(flats_.size());
+  for (size_t slot = 0; slot < members.size(); ++slot) {
+    const int m = members[slot];
+    Param p;
+    p.tensor = request.params[m];
+    p.name = request.names[m];
+    p.flat = index;
+    p.slot = static_cast<int>(slot);
+    flat.params.push_back(static_cast<int>(params_.size()));
+    params_.push_back(std::move(p));
+  }
+  adopt_params(flat);
+  if (options_.shard_params) flat.shard.copy_(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel));
+  flat.home->publish();
+  units_[unit].flats.push_back(index);
+  flats_.push_back(std::move(flat));
+  return index;
+}
+
+// Copies the parameters' values into flat.full, lets rank 0's win, and derives the fp32 master where asked.
+void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::vector<int>& members) {
+  at::NoGradGuard no_grad;
+  const bool wants_master =
+      request.keep_master && flat.trainable && flat.dtype != at::kFloat && at::isFloatingType(flat.dtype) &&
+      std::any_of(members.begin(), members.end(), [&](int m) { return request.params[m].scalar_type() == at::kFloat; });
+  at::Tensor staging = flat.full;
+  at::Tensor staging_memory;
+  if (wants_master) {
+    staging_memory = pool_.take(flat.layout.numel() * 4);
+    staging = view_bytes(staging_memory.data_ptr(), flat.layout.numel(), at::kFloat, device_);
+  }
+  for (const plan::Slot& gap : plan::padding_of(flat.layout)) staging.narrow(0, gap.offset, gap.numel).zero_();
+  for (size_t slot = 0; slot < members.size(); ++slot) {
+    const at::Tensor& p = request.params[members[slot]];
+    if (p.numel() > 0) slot_view(staging, flat.layout.slots[slot].offset, p).copy_(p);
+  }
+  const int64_t bytes = staging.numel() * static_cast<int64_t>(staging.element_size());
+  if (request.broadcast && groups_.world->size() > 1) {
+    groups_.world->broadcast(staging.data_ptr(), static_cast<size_t>(bytes), 0, tag("broadcast", flat.unit, bytes));
+  }
+  if (wants_master) {
+    flat.full.copy_(staging);
+    flat.master = staging.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel).clone();
+    staging = at::Tensor();
+    pool_.put(std::move(staging_memory));
+  }
+}
+
+// Gives each parameter a StorageImpl of its own that points into flat.full.
+void ParamStore::adopt_params(Flat& flat) {
+  const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
+  for (size_t slot = 0; slot < flat.params.size(); ++slot) {
+    at::Tensor& p = params_[flat.params[slot]].tensor;
+    char* data = static_cast<char*>(flat.full.data_ptr()) + flat.layout.slots[slot].offset * es;
+    const auto options = at::TensorOptions().dtype(flat.dtype).device(device_);
+    at::Tensor fresh = p.is_non_overlapping_and_dense() ? at::from_blob(data, p.sizes(), p.strides(), options)
+                                                        : at::from_blob(data, p.sizes(), options);
+    p.set_data(fresh);
+  }
+}
+
+void ParamStore::bind(Unit& unit, bool available) {
+  for (int f : unit.flats) {
+    Flat& flat = flats_[f];
+    const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
+    char* base = available ? static_cast<char*>(flat.full.data_ptr()) : nullptr;
+    for (size_t slot = 0; slot < flat.params.size(); ++slot) {
+      Param& p = params_[flat.params[slot]];
+      if (p.dropped) continue;
+      const plan::Slot& where = flat.layout.slots[slot];
+      c10::StorageImpl* storage = p.tensor.storage().unsafeGetStorageImpl();
+      storage->set_data_ptr_noswap(at::DataPtr(available ? base + where.offset * es : nullptr, device_));
+      storage->set_nbytes(available ? where.numel * es : 0);
+    }
+  }
+  if (on_bind_) on_bind_(static_cast<int>(&unit - units_.data()), available);
+}
+
+void ParamStore::gather(int index, const char* phase, bool prefetch) {
+  Unit& unit = units_.at(index);
+  if (unit.state == UnitState::Gathered) return;
+  if (unit.state == UnitState::Sharded) {
+    for (int f : unit.flats) {
+      Flat& flat = flats_[f];
+      const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
+      const int64_t shard_bytes = flat.layout.shard_numel * es;
+      flat.buffer = pool_.take(shard_bytes * world());
+      flat.full = view_bytes(flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
+      flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *flat.home, static_cast<size_t>(flat.home_offset_bytes), 0,
+                                                 static_cast<size_t>(shard_bytes), tag(phase, index, shard_bytes));
+    }
+    unit.state = UnitState::Gathering;
+  }
+  if (!prefetch) finish_gather(unit);
+}
+
+void ParamStore::finish_gather(Unit& unit) {
+  for (int f : unit.flats) {
+    if (flats_[f].gathering) flats_[f].gathering->wait();
+    flats_[f].gathering.reset();
+  }
+  unit.state = UnitState::Gathered;
+  bind(unit, true);
+}
+
+void ParamStore::release(int index) {
+  Unit& unit = units_.at(index);
+  unit.held_for_backward = false;
+  if (!options_.shard_params || unit.persistent || unit.pins > 0 || unit.state == UnitState::Sharded) return;
+  for (int f : unit.flats) {
+    if (flats_[f].gathering) flats_[f].gathering->wait();
+    flats_[f].gathering.reset();
+  }
+  const bool was_bound = unit.state == UnitState::Gathered;
+  unit.state = UnitState::Sharded;
+  if (was_bound) bind(unit, false);
+  for (int f : unit.flats) {
+    flats_[f].full = at::Tensor();
+    if (flats_[f].buffer.defined()) pool_.put(std::move(flats_[f].buffer));
+    flats_[f].buffer = at::Tensor();
+  }
+}
+
+void ParamStore::release_all() {
+  for (size_t i = 0; i < units_.size(); ++i) release(static_cast<int>(i));
+}
+
+void ParamStore::unpin(int index) {
+  Unit& unit = units_.at(index);
+  DS_CHECK(unit.pins > 0, "unit '" << unit.name << "' is not pinned");
+  --unit.pins;
+}
+
+void ParamStore::broadcast_full(int index, int src) {
+  Unit& unit = units_.at(index);
+  DS_CHECK(unit.state == UnitState::Gathered, "unit '" << unit.name << "' must be gathered before its values are broadcast");
+  if (groups_.world->size() == 1) return;
+  for (int f : unit.flats) {
+    const int64_t bytes = flats_[f].full.numel() * static_cast<int64_t>(flats_[f].full.element_size());
+    groups_.world->broadcast(flats_[f].full.data_ptr(), static_cast<size_t>(bytes), src, tag("broadcast", index, bytes));
+  }
+}
+
+void ParamStore::write_back(int index) {
+  at::NoGradGuard no_grad;
+  Unit& unit = units_.at(index);
+  DS_CHECK(unit.state == UnitState::Gathered, "unit '" << unit.name << "' must be gathered before its values are taken over");
+  for (int f : unit.flats) {
+    Flat& flat = flats_[f];
+    const at::Tensor mine = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
+    if (options_.shard_params) flat.shard.copy_(mine);
+    if (flat.master.defined()) flat.master.copy_(mine);
+  }
+  for (int f : unit.flats) flats_[f].home->publish();
+}
+
+void ParamStore::publish_all() {
+  std::vector<comm::SymmetricBuffer*> done;
+  for (Flat& flat : flats_) {
+    if (std::find(done.begin(), done.end(), flat.home.get()) != done.end()) continue;
+    done.push_back(flat.home.get());
+    flat.home->publish();
+  }
+}
+
+void ParamStore::refresh_full() {
+  std::vector<std::shared_ptr<comm::Work>> works;
+  for (Flat& flat : flats_) {
+    if (!flat.trainable || !flat.full.defined() || world() == 1) continue;
+    const int64_t shard_bytes = flat.layout.shard_numel * static_cast<int64_t>(c10::elementSize(flat.dtype));
+    const int64_t stride = options_.shard_params ? 0 : shard_bytes;
+    works.push_back(groups_.shard->all_gather(flat.full.data_ptr(), *flat.home, static_cast<size_t>(flat.home_offset_bytes),
+                                              static_cast<size_t>(stride), static_cast<size_t>(shard_bytes),
+                                              tag("gather_updated", flat.unit, shard_bytes)));
+  }
+  for (auto& work : works) work->wait();
+  if (world() > 1 || !options_.shard_params) return;
+  at::NoGradGuard no_grad;
+  for (Flat& flat : flats_) {
+    if (flat.trainable && flat.full.defined()) flat.full.copy_(flat.shard);   // one rank: the shard is the whole
+  }
+}
+
+void ParamStore::drop_param(int index) {
+  Param& p = params_.at(index);
+  if (p.dropped) return;
+  p.dropped = true;
+  p.tensor = at::Tensor();
+  Unit& unit = units_[flats_[p.flat].unit];
+  if (--unit.alive_params > 0) return;
+  unit.pins = 0;
+  release(flats_[p.flat].unit);
+  for (int f : unit.flats) {
+    flats_[f].shard = flats_[f].full = flats_[f].master = at::Tensor();
+    flats_[f].home.reset();
+    flats_[f].layout.slots.clear();
+  }
+  unit.flats.clear();
+  // The chunk the next unit would be cut from must not keep a dropped store's memory alive.
+  if (std::all_of(units_.begin(), units_.end(), [](const Unit& u) { return u.alive_params == 0; })) {
+    chunk_.reset();
+    pool_.trim();
+  }
+}
+
+int64_t ParamStore::gathered_bytes() const {
+  int64_t total = 0;
+  for (const Flat& flat : flats_) {
+    if (options_.shard_params && flat.full.defined()) total += flat.full.numel() * static_cast<int64_t>(flat.full.element_size());
+  }
+  return total;
+}
+
+}  // namespace ds::zero

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where parameters live: units of flats, sharded or replicated, gathered before use and freed after.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/transport.h"
+#include "plan/layout.h"
+#include "zero/buffer_pool.h"
+
+namespace ds::zero {
+
+// Note [A parameter's storage]
+// Every managed parameter keeps one StorageImpl for life. Gathering points it into the unit's full buffer, freeing
+// points it at nothing; sizes and strides never change. Views that autograd saved share the StorageImpl, so they come
+// back with the next gather. Nobody but ParamStore::bind touches these pointers.
+
+struct Param {
+  at::Tensor tensor;
+  std::string name;
+  int flat = -1;
+  int slot = -1;
+  bool dropped = false;   // taken over by another store (the module was wrapped again)
+};
+
+enum class UnitState { Sharded, Gathering, Gathered };
+
+struct Flat {
+  int unit = -1;
+  at::ScalarType dtype = at::kFloat;
+  bool trainable = false;
+  plan::FlatLayout layout;
+  std::vector<int> params;                           // one per slot
+  std::shared_ptr<comm::SymmetricBuffer> home;       // sharded: holds my shard; replicated: holds the full flat
+  int64_t home_offset_bytes = 0;
+  at::Tensor shard;                                  // my part, [shard_numel], a view of home
+  at::Tensor full;                                   // [world * shard_numel]; undefined while freed
+  at::Tensor master;                                 // fp32 [shard_numel] when more exact than the shard, else undefined
+  at::Tensor buffer;                                 // pool memory behind `full` (sharded stores only)
+  std::shared_ptr<comm::Work> gathering;
+};
+
+struct Unit {
+  std::string name;
+  std::vector<int> flats;
+  UnitState state = UnitState::Sharded;
+  bool persistent = false;      // small enough to stay gathered for ever
+  bool held_for_backward = false;
+  int pins = 0;                 // GatheredParameters blocks that hold it open
+  int alive_params = 0;
+};
+
+struct UnitRequest {
+  std::string name;
+  std::vector<at::Tensor> params;
+  std::vector<std::string> names;
+  std::vector<bool> trainable;
+  std::vector<at::ScalarType> dtypes;   // what each parameter shall become
+  bool keep_master = false;             // derive an fp32 master from the original values of trainable parameters
+  bool broadcast = true;                // rank 0's values win; false when all ranks hold the same already
+  bool persistent = false;
+};
+
+struct StoreOptions {
+  bool shard_params = false;
+  int64_t align_numel = 64;
+};
+
+// Which ranks share what: `world` is everyone who must agree, `shard` the ranks a flat is cut over, `replicate` the
+// ranks that hold the same shard (null when there is just one). `reduce` joins the ranks of `shard` once more where the
+// carrier demands one order for all collectives: gradients may finish in another order on another rank, gathers do not.
+struct Groups {
+  std::shared_ptr<comm::Transport> world;
+  std::shared_ptr<comm::Transport> shard;
+  std::shared_ptr<comm::Transport> reduce;
+  std::shared_ptr<comm::Transport> replicate;
+};
+
+class ParamStore {
+ public:
+  // Called with a unit whose parameters became usable (true) or unusable (false), possibly from an autograd thread.
+  using BindCallback = std::function<void(int unit, bool available)>;
+
+  ParamStore(Groups groups, at::Device device, StoreOptions options);
+
+  // Collective. Moves the parameters into the store and returns the unit's index. The parameters' own memory is
+  // released as they are moved; never more than one unit exists twice.
+  int add_unit(UnitRequest request);
+
+  // Makes the unit's parameters usable. With `prefetch` it only starts the transfer.
+  void gather(int unit, const char* phase, bool prefetch = false);
+  // Frees a gathered unit unless it is persistent, pinned or replicated.
+  void release(int unit);
+  void release_all();
+  void pin(int unit) { ++units_.at(unit).pins; }
+  void unpin(int unit);
+
+  // Collective over the shard group: rank `src`'s full values of this gathered unit become everyone's.
+  void broadcast_full(int unit, int src);
+  // Copies the full values of a gathered unit into my shard (and master), and tells the peers.
+  void write_back(int unit);
+  // After my shards changed: makes them visible to the peers, then refreshes every unit that stays gathered.
+  void publish_all();
+  void refresh_full();
+
+  // Takes a parameter out; the unit's memory goes when the last has left.
+  void drop_param(int param);
+
+  const Groups& groups() const { return groups_; }
+  const StoreOptions& options() const { return options_; }
+  at::Device device() const { return device_; }
+  std::vector<Unit>& units() { return units_; }
+  std::vector<Flat>& flats() { return flats_; }
+  std::vector<Param>& params() { return params_; }
+  int world() const { return groups_.shard->size(); }
+  int rank() const { return groups_.shard->rank(); }
+  void set_bind_callback(BindCallback callback) { on_bind_ = std::move(callback); }
+  void set_step(int64_t step) { step_ = step; }
+  comm::Tag tag(const char* phase, int unit, int64_t bytes) const { return {step_, phase, unit, bytes}; }
+  int64_t gathered_bytes() const;
+  BufferPool& pool() { return pool_; }
+  // A point before the chunks: bump allocation out of shared chunks, so that few collective allocations are needed.
+  std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> allocate_home(int64_t bytes);
+
+ private:
+  int add_flat(int unit, const UnitRequest& request, const std::vector<int>& members);
+  void fill_flat(Flat& flat, const UnitRequest& request, const std::vector<int>& members);
+  void adopt_params(Flat& flat);
+  void bind(Unit& unit, bool available);
+  void finish_gather(Unit& unit);
+
+  Groups groups_;
+  at::Device device_;
+  StoreOptions options_;
+  BufferPool pool_;
+  std::vector<Unit> units_;
+  std::vector<Flat> flats_;
+  std::vector<Param> params_;
+  std::shared_ptr<comm::SymmetricBuffer> chunk_;
+  int64_t chunk_used_bytes_ = 0;
+  BindCallback on_bind_;
+  int64_t step_ = 0;
+};
+
+}  // namespace ds::zero
