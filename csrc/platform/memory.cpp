@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "platform/memory.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "base/checked.h"
+#include "base/error.h"
+#include "platform/env.h"
+
+namespace ds::platform {
+namespace {
+
+PinHooks g_pin_hooks;
+
+uintptr_t align_up(uintptr_t address, size_t alignment) { return (address + alignment - 1) / alignment * alignment; }
+
+// Anonymous mapping whose start is a multiple of `alignment`: maps too much, then trims both ends.
+void* map_aligned(size_t bytes, size_t alignment) {
+  const size_t reserve = bytes + (alignment > kPageBytes ? alignment : 0);
+  void* base = mmap(nullptr, reserve, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  DS_CHECK(base != MAP_FAILED, "cannot allocate " << bytes << " bytes: " << std::strerror(errno));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(base);
+  const uintptr_t aligned = align_up(begin, alignment);
+  if (aligned > begin) munmap(base, aligned - begin);
+  const uintptr_t end = begin + reserve;
+  if (end > aligned + bytes) munmap(reinterpret_cast<void*>(aligned + bytes), end - aligned - bytes);
+  return reinterpret_cast<void*>(aligned);
+}
+
+}  // namespace
+
+void set_pin_hooks(const PinHooks& hooks) { g_pin_hooks = hooks; }
+
+bool can_pin() { return g_pin_hooks.pin != nullptr; }
+
+Buffer::Buffer(size_t bytes, bool pinned) : bytes_(bytes) {
+  DS_CHECK_VALUE(!pinned || can_pin(), "pinned memory was asked for, but no device is present that could use it");
+  DS_CHECK_VALUE(bytes <= (size_t{1} << 47), "a buffer of " << bytes << " bytes is larger than the address space");
+  if (bytes == 0) return;
+  const bool huge = bytes >= kHugePageBytes;
+  const bool advise = huge && *env_bool("DS_HUGE_PAGES");  // may throw, hence before anything is mapped
+  mapped_bytes_ = static_cast<size_t>(round_up(static_cast<int64_t>(bytes), kPageBytes));
+  data_ = map_aligned(mapped_bytes_, huge ? kHugePageBytes : kPageBytes);
+  // Advice only: where the kernel has no huge pages the buffer works the same, slower.
+  if (advise) madvise(data_, mapped_bytes_, MADV_HUGEPAGE);
+  if (!pinned) return;
+  pinned_ = g_pin_hooks.pin(data_, mapped_bytes_);
+  if (!pinned_) {
+    release();
+    DS_FAIL("the system refused to pin " << bytes << " bytes of host memory");
+  }
+}
+
+Buffer::~Buffer() { release(); }
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)),
+      mapped_bytes_(std::exchange(other.mapped_bytes_, 0)), pinned_(std::exchange(other.pinned_, false)) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  if (this != &other) {
+    release();
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+    mapped_bytes_ = std::exchange(other.mapped_bytes_, 0);
+    pinned_ = std::exchange(other.pinned_, false);
+  }
+  return *this;
+}
+
+void Buffer::release() noexcept {
+  if (data_ == nullptr) return;
+  if (pinned_ && g_pin_hooks.unpin != nullptr) g_pin_hooks.unpin(data_);
+  munmap(data_, mapped_bytes_);
+  data_ = nullptr;
+}
+
+void Buffer::discard(size_t offset, size_t bytes) {
+  DS_CHECK_VALUE(offset <= bytes_ && bytes <= bytes_ - offset,
+                 "discard of [" << offset << ", +" << bytes << ") is outside a buffer of " << bytes_ << " bytes");
+  DS_CHECK(!pinned_, "pinned memory cannot be given back page by page");
+  const size_t begin = align_up(offset, kPageBytes);
+  // The last page may be partly ours and partly padding; it counts as whole when the range reaches the buffer's end.
+  const size_t end = offset + bytes == bytes_ ? mapped_bytes_ : (offset + bytes) / kPageBytes * kPageBytes;
+  if (end <= begin) return;
+  DS_CHECK(madvise(static_cast<char*>(data_) + begin, end - begin, MADV_DONTNEED) == 0,
+           "cannot give pages back: " << std::strerror(errno));
+}
+
+size_t Buffer::resident_bytes() const {
+  if (data_ == nullptr) return 0;
+  std::vector<unsigned char> pages(mapped_bytes_ / kPageBytes);
+  DS_CHECK(mincore(data_, mapped_bytes_, pages.data()) == 0, "mincore failed: " << std::strerror(errno));
+  size_t resident = 0;
+  for (unsigned char page : pages) resident += (page & 1u) * kPageBytes;
+  return resident;
+}
+
+}  // namespace ds::platform
