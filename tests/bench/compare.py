@@ -38,7 +38,8 @@ def rows(args, results, model, numel, tokens, batch):
             base = running.median_of(results, peer)
             over.append(f"{median / base:.2f}" if base else "-")
         share = flops / median / 1e9 / running.ceiling(results, "sgemm_gflops")
-        yield [name, f"{1e3 * median:.1f}", f"{1e3 * min(medians):.1f} to {1e3 * max(medians):.1f}", *over,
+        cpu = running.median_of(results, name, "cpu_s")
+        yield [name, f"{1e3 * median:.1f}", f"{1e3 * min(medians):.1f} to {1e3 * max(medians):.1f}", *over, f"{1e3 * cpu:.1f}",
                f"{flops / median / 1e9:.1f} ({share:.0%})", f"{median / floor:.2f}", f"{max(run['load'][0] for run in runs):.1f}"]
 
 
@@ -63,7 +64,7 @@ def one_case(args, case):
         results = running.alternate(args, running.chosen(args), [*options, "--steps", str(args.steps), "--reference", reference])
     numel = sum(p.numel() for p in models.build(args.model).parameters())
     copy, sgemm = running.ceiling(results, "copy_gbs"), running.ceiling(results, "sgemm_gflops")
-    header = ["", "step, ms", "rounds, ms", "× DDP", "× FSDP2", "GFLOP/s a rank (of ceiling)", "× floor", "load"]
+    header = ["", "step, ms", "rounds, ms", "× DDP", "× FSDP2", "CPU a rank, ms", "GFLOP/s a rank (of ceiling)", "× floor", "load"]
     print(f"\n### {args.model} ({numel / 1e6:.1f} M), {tokens} tokens × {batch}, {args.dtype}, accumulation {args.accumulation}, "
           f"{args.ranks} ranks\n\nCeilings, all ranks at once, one thread each: copy {copy:.1f} GB/s, sgemm {sgemm:.0f} GFLOP/s.\n")
     print(running.table(header, rows(args, results, model, numel, tokens, batch)) + bars(args, case, results) + running.failures(results))

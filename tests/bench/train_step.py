@@ -114,10 +114,10 @@ def one_step(library, args, step, rank):
     model = models.MODELS[args.model]
     batches = [model.batch(step, micro, rank, args.batch, args.tokens) for micro in range(args.accumulation)]
     dist.barrier()  # a step begins on all ranks at once; data is not part of it
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     losses = [library.micro_step(batch, micro == args.accumulation - 1) for micro, batch in enumerate(batches)]
     losses = [float(loss.detach()) for loss in losses]
-    return time.perf_counter() - begin, losses
+    return time.perf_counter() - begin, losses, time.process_time() - cpu_begin
 
 
 def check(args, reference, losses, rank):
@@ -136,13 +136,12 @@ def check(args, reference, losses, rank):
     return max(verdicts)
 
 
-def warm_torch():
+def toy_step():
     """Touches torch's code and workspaces (some 100 MB of pages and threads), which are no library's own, before memory is counted."""
     model = models.Gpt(64, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **libraries.ADAMW)
     model(torch.zeros(1, 17, dtype=torch.long)).backward()
     optimizer.step()
-    dist.all_reduce(torch.zeros(1))
 
 
 def measure(args):
@@ -158,7 +157,8 @@ def measure(args):
     reference = [read_reference(args) if rank == 0 else None]
     dist.broadcast_object_list(reference, 0)
     reference = reference[0]
-    warm_torch()
+    toy_step()
+    dist.all_reduce(torch.zeros(1))
     resident.reset_peak()
     base = resident.rss()
     if args.pid_file:
@@ -169,9 +169,10 @@ def measure(args):
     losses = [one_step(library, args, step, rank)[1] for step in range(args.checked)]
     error = check(args, reference, losses, rank)
     timed = [one_step(library, args, args.checked + step, rank) for step in range(args.steps)]
-    losses += [loss for _, loss in timed]
+    losses += [loss for _, loss, _ in timed]
     report(args, library, {
-        "rank": rank, "seconds": [t for t, _ in timed], "build_s": build_s, "base_rss_bytes": base, "end_pss_bytes": resident.pss(),
+        "rank": rank, "seconds": [t for t, _, _ in timed], "cpu_s": [c for _, _, c in timed], "build_s": build_s,
+        "base_rss_bytes": base, "end_pss_bytes": resident.pss(),
         "peak_over_imports_bytes": resident.peak_rss() - base, "loss_error": error, "losses": losses,
     })
 
@@ -186,7 +187,8 @@ def report(args, library, mine):
             "lib": args.lib, "stage": args.stage, "dtype": args.dtype, "accumulation": args.accumulation, "model": args.model,
             "tokens": args.tokens, "batch": args.batch, "world_size": len(ranks), "torch": torch.__version__,
             "version": getattr(library, "version", torch.__version__),
-            "median_s": statistics.median(seconds) if seconds else None, "min_s": min(seconds, default=None), "steps": len(seconds),
+            "median_s": statistics.median(seconds) if seconds else None, "min_s": min(seconds, default=None),
+            "cpu_s": statistics.median(c for r in ranks for c in r["cpu_s"]) if seconds else None, "steps": len(seconds),
             "loss_error": mine["loss_error"], "build_s": mine["build_s"], "load": os.getloadavg(),
             "peak_over_imports_bytes": [r["peak_over_imports_bytes"] for r in ranks],
             "end_pss_bytes": [r["end_pss_bytes"] for r in ranks], "base_rss_bytes": [r["base_rss_bytes"] for r in ranks],
@@ -198,9 +200,10 @@ def report(args, library, mine):
 
 
 def activations(args):
-    """Peak of one forward over the memory before it, in plain torch: what autograd keeps plus the kernels' workspaces. The first
-    forward pays for lazily made workspaces once, so the second, with the first one's graph freed, is what counts."""
+    """Peak of one forward over the memory before it, in plain torch: what autograd keeps plus the kernels' workspaces. A toy model
+    goes first, so that torch's own code is not counted. Autograd's share alone is counted through its saved tensors."""
     torch.set_num_threads(1)
+    toy_step()
     model = models.build(args.model).to(libraries.DTYPES[args.dtype])
     numel = sum(p.numel() for p in model.parameters())
     saved = {}
