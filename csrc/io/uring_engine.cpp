@@ -97,9 +97,8 @@ class UringEngine final : public FileEngine {
       const int64_t result = entry->res;
       io_uring_cqe_seen(&ring_, entry);
       if (chunk == nullptr) return;
+      std::unique_lock<std::mutex> lock(mutex_);
       const bool finished = chunk->complete(result);
-      if (finished) delete chunk;  // outside the mutex: this may drop the last reference to a file
-      const std::lock_guard<std::mutex> lock(mutex_);
       if (finished) {
         --in_flight_;
       } else {
@@ -108,6 +107,8 @@ class UringEngine final : public FileEngine {
       }
       fill();
       if (in_flight_ == 0) idle_.notify_all();
+      lock.unlock();
+      if (finished) delete chunk;  // outside the mutex: this may drop the last reference to a file
     }
   }
 
