@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from deepspeed._environment import read
 from deepspeed.comm import rendezvous
@@ -189,8 +190,9 @@ def initialize_mesh_device(mesh_shape, mesh_dim_names):
     for extent in mesh_shape:
         size *= extent
     if size != world:
-        raise ValueError(f"a mesh of {' x '.join(map(str, mesh_shape))} {tuple(mesh_dim_names)} has {size} places, the world has {world} ranks")
-    return dist.device_mesh.init_device_mesh(get_accelerator()._name, tuple(mesh_shape), mesh_dim_names=tuple(mesh_dim_names))
+        extents = " x ".join(map(str, mesh_shape))
+        raise ValueError(f"a mesh of {extents} {tuple(mesh_dim_names)} has {size} places, the world has {world} ranks")
+    return init_device_mesh(get_accelerator()._name, tuple(mesh_shape), mesh_dim_names=tuple(mesh_dim_names))
 
 
 def enable_symm_mem_for_group(group_name):

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving and loading."""
+from deepspeed._lazy import attach, names
+
+__getattr__, __dir__, __all__ = attach(__name__, {
+    **names("deepspeed.checkpoint.clone", "clone_tensors_for_torch_save"),
+    **names("deepspeed.checkpoint.directories", "ensure_directory_exists"),
+    "utils": "deepspeed.checkpoint.utils",
+    "constants": "deepspeed.checkpoint.constants",
+}, dict.fromkeys(("ds_to_universal", "DeepSpeedCheckpoint"), "checkpoint conversion"))

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Import path users have; the code is in deepspeed.zero."""
+from deepspeed._lazy import attach, names
+
+__getattr__, __dir__, __all__ = attach(__name__, {
+    **names("deepspeed.zero.section",
+            "DeepSpeedZeroLeafModuleConfig", "DEFAULT_LEAF_MODULE_CLASSES", "DEFAULT_LEAF_MODULE_NAMES",
+            "DEFAULT_LEAF_MODULE_NAME_SUFFIXES"),
+})

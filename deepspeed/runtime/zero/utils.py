@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Import path users have; the code is in deepspeed.zero."""
+from deepspeed._lazy import attach, names
+
+__getattr__, __dir__, __all__ = attach(__name__, {
+    **names("deepspeed.zero.recognise",
+            "is_zero_param", "is_zero_supported_optimizer", "ZERO_SUPPORTED_OPTIMIZERS", "ZeRORuntimeException"),
+})
