@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Activations kept for backward, files, checkpoints.
+#include "config/schema.h"
+
+namespace ds::config {
+
+std::vector<Key> storage_keys() {
+  return {
+      object("activation_checkpointing", "Settings of deepspeed.checkpointing.configure(); the engine applies none of them",
+             {boolean("partition_activations", false, "Split saved inputs over model-parallel ranks").accepted(),
+              boolean("cpu_checkpointing", false, "Saved inputs rest on the host").accepted(),
+              boolean("contiguous_memory_optimization", false, "One buffer; needs the key above and number_checkpoints")
+                  .accepted(),
+              integer("number_checkpoints", nullptr, "How many checkpoints there are").at_least(1).accepted(),
+              boolean("synchronize_checkpoint_boundary", false, "Wait for the device at each").accepted(),
+              boolean("profile", false, "Time each").accepted()}),
+      object("aio", "Asynchronous file access",
+             {integer("block_size", 1048576, "Bytes in a request").at_least(512).accepted(),
+              integer("queue_depth", 8, "Requests in flight").at_least(1).accepted(),
+              integer("intra_op_parallelism", 1, "Threads for one request").at_least(1).accepted(),
+              any("thread_count", nullptr, "Old name of intra_op_parallelism, without effect").ignored(),
+              boolean("single_submit", false, "One request a system call").accepted(),
+              boolean("overlap_events", true, "Submit while completing").accepted(),
+              boolean("use_gds", false, "GPUDirect storage")
+                  .refuse(When::True, "set it to false: GPUDirect storage is not built yet")}),
+      object("checkpoint", "Saving and loading",
+             {choice("tag_validation", "Warn", {"Ignore", "Warn", "Fail"}, "When ranks save under different tags")
+                  .ignoring_case().accepted(),
+              boolean("load_universal", false, "Every checkpoint can be loaded by any number of ranks").accepted(),
+              boolean("use_node_local_storage", false, "Each node keeps its own files").accepted(),
+              object("parallel_write", "Who writes",
+                     {boolean("pipeline_stage", false, "Data-parallel ranks share the layers").strict_bool().accepted()}),
+              boolean("checkpoint_serialization", true, "Old form of torch.save").accepted(),
+              object("writer", "How bytes reach the disk; never changes what is written",
+                     {choice("type", "fast", {"mock", "python", "fast"}, "Kind").ignoring_case().accepted(),
+                      boolean("decoupled", false, "In another process").accepted(),
+                      integer("io_buffer_size", 67108864, "Bytes").at_least(1).accepted(),
+                      boolean("io_buffer_double", true, "Two buffers").accepted(),
+                      integer("io_multiplier", 1, "Writers").at_least(1).accepted(),
+                      boolean("show_statistics", false, "Print the speed").accepted(),
+                      choice("data_parallel", nullptr, {"replica", "socket", "machine"}, "Who writes").ignoring_case()
+                          .accepted()})}),
+      any("datastates_ckpt", nullptr, "Settings of another checkpoint engine; ours is used").ignored(),
+  };
+}
+
+}  // namespace ds::config
