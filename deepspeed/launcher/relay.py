@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stderr of one rank on its way to the terminal, with tracebacks held back.
+
+Note [One traceback]
+    When one rank fails, the others fail a moment later because it is gone, and N tracebacks hide the one that matters.
+    So everything passes through at once (also partial lines: progress bars) until the header of a traceback appears.
+    From there on the rank's stderr is held. If the rank then exits with an error, the supervisor prints the held text
+    of the rank that failed first and only the last line of the others. If the rank goes on living (a traceback that
+    was merely logged), the text is released after a while: soon for the rank whose traceback is the oldest, later for
+    the others, which may still turn out to be consequences.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+HEADER = b"Traceback (most recent call last):"
+# A script that does not even compile has no header: its report begins with the place.
+_START = re.compile(rb"(?m)" + re.escape(HEADER) + rb'|^  File "')
+_MAX_HELD_BYTES = 1 << 20
+
+
+def _tail_that_may_become_a_header(data: bytes) -> int:
+    """Length of the longest end of data that is a proper beginning of the header."""
+    for length in range(min(len(HEADER) - 1, len(data)), 0, -1):
+        if HEADER.startswith(data[-length:]):
+            return length
+    return 0
+
+
+class Relay:
+    """Reads one rank's stderr (``fd``, non-blocking) and writes it to the terminal, or to ``log_fd`` if given.
+
+    With a log everything goes there at once, and the held text is a copy for the terminal in case the rank fails.
+    """
+
+    def __init__(self, fd: int, log_fd: int | None = None) -> None:
+        self.fd = fd
+        self.log_fd = log_fd
+        self.held = bytearray()
+        self.held_since: float | None = None  # None: not holding
+        self.failed_at: float | None = None  # when the traceback began that was last held, also after its release
+        self.at_end = False
+        self.mid_line = False  # what was last written to the terminal, say a progress bar, has not ended its line
+        self._maybe = b""
+
+    @property
+    def holding(self) -> bool:
+        return self.held_since is not None
+
+    def read(self, now: float) -> None:
+        """Take what has arrived; sets ``at_end`` when the rank has closed its end."""
+        while not self.at_end:
+            try:
+                data = os.read(self.fd, 1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self.close()
+                return
+            if self.log_fd is not None:
+                os.write(self.log_fd, data)
+            self._take(data, now)
+
+    def _take(self, data: bytes, now: float) -> None:
+        if self.holding:
+            self.held += data
+            if len(self.held) > _MAX_HELD_BYTES:
+                self.release()
+            return
+        data = self._maybe + data
+        self._maybe = b""
+        start = _START.search(data)
+        if start is not None:
+            self._pass_on(data[:start.start()])
+            self.held += data[start.start():]
+            self.held_since = self.failed_at = now
+            return
+        keep = _tail_that_may_become_a_header(data)
+        self._maybe = data[len(data) - keep:]
+        self._pass_on(data[:len(data) - keep])
+
+    def _pass_on(self, data: bytes | bytearray) -> None:
+        if self.log_fd is None and data:
+            self.mid_line = data[-1:] != b"\n"
+            write_stderr(bytes(data))
+
+    def release(self) -> None:
+        """Write what is held; go on passing through."""
+        self._pass_on(self._maybe + self.held)
+        self._maybe = b""
+        self.held = bytearray()
+        self.held_since = None
+
+    def take_held(self) -> bytes:
+        """What is held, for the supervisor to print or to leave out; nothing is held afterwards."""
+        text = bytes(self.held)
+        self.held = bytearray()
+        self.held_since = None
+        return text
+
+    def close(self) -> None:
+        if not self.at_end:
+            self.at_end = True
+            os.close(self.fd)
+
+
+def last_line(text: bytes) -> str:
+    """The line of a held text that says what went wrong: the last one of its last traceback that is not indented."""
+    after = text[text.rfind(HEADER) + 1:].decode(errors="replace").splitlines()[1:]
+    for line in after:
+        if line.strip() and not line[0].isspace() and line[0] not in "+|":
+            return line
+    return ""
+
+
+def write_stderr(data: bytes) -> None:
+    try:
+        sys.stderr.flush()
+        view = memoryview(data)
+        while view:
+            view = view[os.write(sys.stderr.fileno(), view):]
+    except (OSError, ValueError):
+        pass  # stderr is gone; the job does not depend on it
