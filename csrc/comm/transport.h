@@ -179,6 +179,7 @@ class Transport : public std::enable_shared_from_this<Transport> {
   void progress() {
     if (outstanding_.load(std::memory_order_relaxed) != 0) do_progress();
   }
+  bool busy() const { return outstanding_.load(std::memory_order_relaxed) != 0; }
   static void progress_all();  // every transport of this process
 
   // Accounts, and the flight record.

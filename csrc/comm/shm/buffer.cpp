@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "comm/shm/buffer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+
+namespace ds::comm::shm {
+namespace {
+
+constexpr size_t kKeepMapped = size_t{8} << 20;  // of a peer's part of one buffer
+constexpr size_t kChunk = size_t{4} << 20;
+
+std::unique_ptr<Mapping> map_site(const Core& core, int r, const BufferSite& site) {
+  return std::make_unique<Mapping>(core.member(r).file, site.heap_offset, extent(site.bytes), /*writable=*/r == core.rank);
+}
+
+}  // namespace
+
+BufferSite ShmBuffer::reserve(Core& core, size_t bytes) {
+  BufferSite site{};
+  site.bytes = bytes;
+  site.heap_offset = core.heap().allocate(bytes);
+  site.place = static_cast<uint64_t>(core.take_place(&site.generation));
+  return site;
+}
+
+ShmBuffer::ShmBuffer(std::shared_ptr<Core> core, uint64_t id, const std::vector<BufferSite>& sites)
+    : SymmetricBuffer(nullptr, sites[core->rank].bytes, Device::Cpu, 0), core_(std::move(core)), id_(id), sites_(sites),
+      touched_(sites.size()) {
+  for (int r = 0; r < core_->size; ++r) parts_.push_back(map_site(*core_, r, sites_[r]));
+  data_ = parts_[core_->rank]->data();
+}
+
+ShmBuffer::~ShmBuffer() {
+  if (!core_->in_owner()) return;
+  const BufferSite& mine = sites_[core_->rank];
+  core_->own().places[mine.place].word.store(place_word(mine.generation, kReleased), std::memory_order_seq_cst);
+  core_->notify();
+  // A peer that still has to read my bucket keeps the memory until it is done with the file; see Transport's Lifetime.
+  if (undrained.load() == 0) core_->heap().release(mine.heap_offset, mine.bytes);
+  core_->free_place(static_cast<int>(mine.place));
+}
+
+void ShmBuffer::publish() {
+  const BufferSite& mine = sites_[core_->rank];
+  ++epoch_;
+  core_->own().places[mine.place].word.store(place_word(mine.generation, static_cast<uint64_t>(epoch_)), std::memory_order_release);
+  core_->notify();
+}
+
+uint64_t ShmBuffer::epoch_of(int r) const {
+  const uint64_t word = core_->of(r).places[sites_[r].place].word.load(std::memory_order_acquire);
+  return word >> kEpochBits == sites_[r].generation ? word & kReleased : kReleased;
+}
+
+void ShmBuffer::copy_from(int r, void* out, size_t offset, size_t bytes) {
+  const char* src = parts_[r]->data() + offset;
+  if (out == src || bytes == 0) return;
+  if (r == core_->rank) {
+    std::memmove(out, src, bytes);
+    return;
+  }
+  Touched& touched = touched_[r];
+  for (size_t at = 0; at < bytes; at += kChunk) {
+    const size_t n = std::min(kChunk, bytes - at);
+    std::memcpy(static_cast<char*>(out) + at, src + at, n);
+    const bool none = touched.end == 0;
+    touched.begin = none ? offset + at : std::min(touched.begin, offset + at);
+    touched.end = std::max(touched.end, offset + at + n);
+    if (touched.end - touched.begin > kKeepMapped) {
+      parts_[r]->drop(touched.begin, touched.end - touched.begin);
+      touched = {};
+    }
+  }
+}
+
+}  // namespace ds::comm::shm

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "comm/shm/core.h"
+
+namespace ds::comm::shm {
+
+// Where one rank keeps a buffer. Plain bytes: travels when the buffer is made.
+struct BufferSite {
+  uint64_t bytes;
+  uint64_t heap_offset;
+  uint64_t place;
+  uint64_t generation;
+};
+
+class ShmBuffer : public SymmetricBuffer {
+ public:
+  // Collective in two steps: reserve my part, exchange the sites, map everybody's.
+  static BufferSite reserve(Core& core, size_t bytes);
+  ShmBuffer(std::shared_ptr<Core> core, uint64_t id, const std::vector<BufferSite>& sites);
+  ~ShmBuffer() override;
+
+  void publish() override;
+  uint64_t id() const { return id_; }
+  const Core* core() const { return core_.get(); }
+
+  // Peers only. The published epoch; kReleased when rank r has released the buffer.
+  uint64_t epoch_of(int r) const;
+  const char* data_of(int r) const { return parts_[r]->data(); }  // read-only for peers' parts
+
+  // Copies from rank r's part. Pages of peers are unmapped again once they add up, so that resident memory stays bounded.
+  void copy_from(int r, void* out, size_t offset, size_t bytes);
+
+  std::atomic<int> undrained{0};  // my reductions out of this buffer that some peer may still read
+
+ private:
+  struct Touched {
+    size_t begin = 0;
+    size_t end = 0;
+  };
+  std::shared_ptr<Core> core_;
+  const uint64_t id_;
+  std::vector<BufferSite> sites_;
+  std::vector<std::unique_ptr<Mapping>> parts_;
+  std::vector<Touched> touched_;
+};
+
+}  // namespace ds::comm::shm

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Small collectives through the control blocks, one round (at most 256 KB a rank) after the other.
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "comm/checks.h"
+#include "comm/combine.h"
+#include "comm/shm/transport.h"
+
+namespace ds::comm::shm {
+namespace {
+
+enum RoundKind : uint64_t { kReduceRound = 1, kGatherRound = 16, kBroadcastRound = 32, kBarrierRound = 48, kAllocateRound = 49 };
+
+const char* kind_name(uint64_t kind) {
+  if (kind >= kReduceRound && kind < kGatherRound) return "all_reduce";
+  if (kind == kGatherRound) return "all_gather_host";
+  if (kind == kBarrierRound) return "barrier";
+  if (kind == kAllocateRound) return "allocate";
+  return "broadcast";
+}
+
+class Entered : public Condition {
+ public:
+  Entered(const Core& core, uint64_t round) : Condition(core.size), core_(core), round_(round) {}
+  bool waits_for(int r) const override { return core_.of(r).round.load(std::memory_order_acquire) < round_; }
+
+ private:
+  const Core& core_;
+  const uint64_t round_;
+};
+
+}  // namespace
+
+// `filled` bytes of mine go in; `bytes` describes the collective and must be the same on all ranks.
+uint64_t ShmTransport::enter_round(uint64_t kind, const void* mine, size_t filled, size_t bytes) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  check_usable();
+  ControlBlock& own = core_->own();
+  const uint64_t round = own.round.load(std::memory_order_relaxed) + 1;
+  own.rounds[round % 2] = {kind, bytes};
+  if (filled != 0) std::memcpy(own.round_data[round % 2], mine, filled);
+  own.round.store(round, std::memory_order_release);
+  core_->notify();
+  return round;
+}
+
+void ShmTransport::finish_round(uint64_t round, uint64_t kind, size_t bytes, int64_t seq) {
+  Entered entered(*core_, round);
+  if (!entered.ready()) wait_until(entered, seq);
+  for (int r = 0; r < size_; ++r) {
+    const Round& theirs = core_->of(r).rounds[round % 2];
+    if (theirs.kind == kind && theirs.bytes == bytes) continue;
+    fail(seq, "ranks disagree: rank " + std::to_string(rank_) + " is in " + kind_name(kind) + " of " + std::to_string(bytes) +
+                  " bytes, " + describe(ledger_->record(seq)) + ", rank " + std::to_string(r) + " in " + kind_name(theirs.kind) +
+                  " of " + std::to_string(theirs.bytes) + " bytes");
+  }
+}
+
+const char* ShmTransport::round_data(uint64_t round, int r) const { return core_->of(r).round_data[round % 2]; }
+
+void ShmTransport::all_reduce(double* values, int n, Op op, const Tag& tag) {
+  DS_CHECK_VALUE(n >= 0, "all_reduce: n must not be negative, got " << n);
+  constexpr int kAtOnce = kRoundBytes / sizeof(double);
+  const uint64_t kind = kReduceRound + static_cast<uint64_t>(op);
+  const int64_t seq = ledger_->begin("all_reduce", tag, static_cast<int64_t>(sizeof(double)) * n);
+  int begin = 0;
+  do {
+    const int count = std::min(n - begin, kAtOnce);
+    const size_t bytes = sizeof(double) * static_cast<size_t>(count);
+    const uint64_t round = enter_round(kind, values + begin, bytes, bytes);
+    finish_round(round, kind, bytes, seq);
+    for (int r = 0; r < size_; ++r) {
+      const auto* theirs = reinterpret_cast<const double*>(round_data(round, r));
+      for (int i = 0; i < count; ++i) values[begin + i] = r == 0 ? theirs[i] : combine(op, values[begin + i], theirs[i]);
+    }
+    begin += count;
+  } while (begin < n);
+  ledger_->end(seq);
+}
+
+void ShmTransport::all_gather_host(const void* mine, size_t bytes, void* out, const Tag& tag) {
+  const int64_t seq = ledger_->begin("all_gather_host", tag, static_cast<int64_t>(bytes) * size_);
+  size_t begin = 0;
+  do {
+    const size_t count = std::min(bytes - begin, kRoundBytes);
+    const uint64_t round = enter_round(kGatherRound, static_cast<const char*>(mine) + begin, count, count);
+    finish_round(round, kGatherRound, count, seq);
+    for (int r = 0; r < size_; ++r)
+      if (count != 0) std::memcpy(static_cast<char*>(out) + static_cast<size_t>(r) * bytes + begin, round_data(round, r), count);
+    begin += count;
+  } while (begin < bytes);
+  ledger_->end(seq);
+}
+
+void ShmTransport::broadcast(void* data, size_t bytes, int src, const Tag& tag) {
+  DS_CHECK_VALUE(src >= 0 && src < size_, "broadcast: source rank " << src << " of " << size_);
+  const int64_t seq = ledger_->begin("broadcast", tag, static_cast<int64_t>(bytes));
+  const uint64_t kind = kBroadcastRound + (static_cast<uint64_t>(src) << 8);
+  for (size_t begin = 0; begin < bytes; begin += kRoundBytes) {
+    const size_t count = std::min(bytes - begin, kRoundBytes);
+    const uint64_t round = enter_round(kind, static_cast<char*>(data) + begin, rank_ == src ? count : 0, bytes - begin);
+    finish_round(round, kind, bytes - begin, seq);
+    if (rank_ != src) std::memcpy(static_cast<char*>(data) + begin, round_data(round, src), count);
+  }
+  ledger_->end(seq);
+}
+
+void ShmTransport::barrier(const Tag& tag) {
+  const int64_t seq = ledger_->begin("barrier", tag, 0);
+  finish_round(enter_round(kBarrierRound, nullptr, 0, 0), kBarrierRound, 0, seq);
+  ledger_->end(seq);
+}
+
+std::shared_ptr<SymmetricBuffer> ShmTransport::allocate(size_t bytes) {
+  Tag tag;
+  tag.phase = "allocate";
+  const int64_t seq = ledger_->begin("allocate", tag, static_cast<int64_t>(bytes));
+  const BufferSite mine = ShmBuffer::reserve(*core_, bytes);
+  const uint64_t round = enter_round(kAllocateRound, &mine, sizeof(mine), bytes);
+  finish_round(round, kAllocateRound, bytes, seq);
+  std::vector<BufferSite> sites(size_);
+  for (int r = 0; r < size_; ++r) std::memcpy(&sites[r], round_data(round, r), sizeof(BufferSite));
+  auto buffer = std::make_shared<ShmBuffer>(core_, core_->next_buffer_id(), sites);
+  {
+    std::lock_guard<std::recursive_mutex> lock(mutex_);
+    for (auto it = buffers_.begin(); it != buffers_.end();) it = it->second.expired() ? buffers_.erase(it) : std::next(it);
+    buffers_[buffer->id()] = buffer;
+  }
+  ledger_->end(seq);
+  return buffer;
+}
+
+}  // namespace ds::comm::shm
