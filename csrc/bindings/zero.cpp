@@ -122,12 +122,12 @@ void bind_store(py::module_& m) {
   py::class_<PyStore, std::shared_ptr<PyStore>>(m, "ParamStore", "Where parameters live; see csrc/zero/param_store.h.")
       .def(py::init([](std::shared_ptr<comm::Transport> world, std::shared_ptr<comm::Transport> shard,
                        std::shared_ptr<comm::Transport> reduce, std::shared_ptr<comm::Transport> replicate,
-                       const std::string& device, bool shard_params, int64_t align_numel) {
+                       const std::string& device, bool shard_params, bool full_master, int64_t align_numel) {
              return std::make_shared<PyStore>(zero::Groups{world, shard, reduce, replicate}, at::Device(device),
-                                              zero::StoreOptions{shard_params, align_numel});
+                                              zero::StoreOptions{shard_params, full_master, align_numel});
            }),
            py::arg("world"), py::arg("shard"), py::arg("reduce"), py::arg("replicate"), py::arg("device"), py::arg("shard_params"),
-           py::arg("align_numel") = 64)
+           py::arg("full_master"), py::arg("align_numel") = 64)
       .def("add_unit", &add_unit, py::arg("name"), py::arg("params"), py::arg("names"), py::arg("trainable"), py::arg("dtypes"),
            py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"))
       .def("gather", [](PyStore& s, int unit, const std::string& phase) { s.gather(unit, comm::intern(phase)); }, Release())
@@ -165,6 +165,7 @@ void bind_store(py::module_& m) {
         const plan::Slice slice = plan::slice_of(s.flats().at(param.flat).layout, param.slot, rank);
         return py::make_tuple(slice.param_begin, slice.shard_begin, slice.numel);
       })
+      .def("gather_slices", &PyStore::gather_slices, py::arg("param"), py::arg("mine"), Release())
       .def("flat_info", &flat_info)
       .def("shard", [](PyStore& s, int f) { return s.flats().at(f).shard; })
       .def("full", [](PyStore& s, int f) -> py::object {
@@ -192,17 +193,15 @@ void bind_store(py::module_& m) {
 void bind_reducer(py::module_& m) {
   using zero::GradReducer;
   py::class_<GradReducer, std::shared_ptr<GradReducer>>(m, "GradReducer", "Gradients to fp32 slices; see csrc/zero/grad_reducer.h.")
-      .def(py::init([](PyStore& store, const py::object& comm_dtype, double pre_scale, bool replicate_grads, bool release_params) {
+      .def(py::init([](PyStore& store, const py::object& comm_dtype, double pre_scale, bool replicate_grads) {
              zero::ReducerOptions options;
              if (!comm_dtype.is_none()) options.comm_dtype = scalar_type(comm_dtype);
              options.pre_scale = pre_scale;
              options.replicate_grads = replicate_grads;
-             options.release_params = release_params;
              py::gil_scoped_release release;
              return std::make_shared<GradReducer>(store, options);
            }),
-           py::keep_alive<1, 2>(), py::arg("store"), py::arg("comm_dtype"), py::arg("pre_scale"), py::arg("replicate_grads"),
-           py::arg("release_params"))
+           py::keep_alive<1, 2>(), py::arg("store"), py::arg("comm_dtype"), py::arg("pre_scale"), py::arg("replicate_grads"))
       .def("flush", &GradReducer::flush, py::arg("force") = false, Release())
       .def("set_deferred", &GradReducer::set_deferred)
       .def_property_readonly("deferred", &GradReducer::deferred)

@@ -72,10 +72,18 @@ void hook_nodes(const std::shared_ptr<BackwardContext>& context, BorderHook::Kin
                 const std::vector<at::Tensor>& tensors) {
   std::vector<Node*> seen;
   for (const at::Tensor& t : tensors) {
-    const std::shared_ptr<Node>& node = t.grad_fn();
+    std::shared_ptr<Node> node = t.grad_fn();
+    // The input of a recomputed segment is a leaf: its accumulator runs when the segment's backward is over.
+    if (!node && kind == BorderHook::UnitInput && t.requires_grad()) node = torch::autograd::impl::grad_accumulator(t);
     if (!node || std::find(seen.begin(), seen.end(), node.get()) != seen.end()) continue;
     seen.push_back(node.get());
-    node->add_pre_hook(std::make_unique<BorderHook>(context, kind, units));
+    auto hook = std::make_unique<BorderHook>(context, kind, units);
+    if (kind == BorderHook::UnitInput) {
+      // One module's input is often another's output, maybe of the same unit: leave first, then enter.
+      node->pre_hooks().insert(node->pre_hooks().begin(), std::move(hook));
+    } else {
+      node->add_pre_hook(std::move(hook));
+    }
   }
 }
 

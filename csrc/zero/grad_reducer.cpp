@@ -104,16 +104,7 @@ void GradReducer::on_grad(int param, const at::Tensor& grad) {
   }
   if (!s.open) open_bucket(p.flat);
   write_slot(p.flat, p.slot, grad);
-  if (s.missing == 0) {
-    issue_ready();
-    if (options_.release_params) {
-      Unit& unit = store_.units()[store_.flats()[p.flat].unit];
-      const bool only_trainable = std::all_of(unit.flats.begin(), unit.flats.end(), [&](int f) {
-        return store_.flats()[f].trainable && flats_[f].missing == 0;
-      });
-      if (only_trainable) store_.release(store_.flats()[p.flat].unit);
-    }
-  }
+  if (s.missing == 0) issue_ready();
   store_.groups().reduce->progress();
 }
 

@@ -28,7 +28,6 @@ struct ReducerOptions {
   std::optional<at::ScalarType> comm_dtype;   // default: the flat's own
   double pre_scale = 1.0;                     // applied when a gradient is copied into its bucket
   bool replicate_grads = false;               // stage 0: everybody needs all reduced gradients in the end
-  bool release_params = false;                // free a unit when its last gradient is in
 };
 
 // The first bad value of a round, for the message about an overflow.

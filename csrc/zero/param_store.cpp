@@ -19,8 +19,16 @@ namespace {
 constexpr int64_t kChunkBytes = int64_t{64} << 20;
 constexpr int64_t kHomeAlignBytes = 4096;   // a flat starts on a page, so peers can drop exactly its pages
 
-at::Tensor view_bytes(void* data, int64_t numel, at::ScalarType dtype, at::Device device) {
-  return at::from_blob(data, {numel}, at::TensorOptions().dtype(dtype).device(device));
+// A view that keeps the memory's owner alive, however long the store itself lives.
+template <typename Owner>
+at::Tensor view_bytes(Owner owner, void* data, int64_t numel, at::ScalarType dtype, at::Device device) {
+  return at::from_blob(data, {numel}, [owner](void*) {}, at::TensorOptions().dtype(dtype).device(device));
+}
+
+// A parameter's pointer into memory that `owner` holds.
+template <typename Owner>
+at::DataPtr pointer_into(const Owner& owner, void* data, at::Device device) {
+  return {data, new Owner(owner), [](void* held) { delete static_cast<Owner*>(held); }, device};
 }
 
 // The part of a flat where one parameter lies, seen with the parameter's own sizes and strides.
@@ -86,11 +94,11 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
   std::tie(flat.home, flat.home_offset_bytes) = allocate_home(options_.shard_params ? shard_bytes : full_bytes);
   char* home = static_cast<char*>(flat.home->data()) + flat.home_offset_bytes;
   if (options_.shard_params) {
-    flat.shard = view_bytes(home, flat.layout.shard_numel, flat.dtype, device_);
+    flat.shard = view_bytes(flat.home, home, flat.layout.shard_numel, flat.dtype, device_);
     flat.buffer = pool_.take(full_bytes);
-    flat.full = view_bytes(flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
+    flat.full = view_bytes(flat.buffer, flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
   } else {
-    flat.full = view_bytes(home, flat.layout.numel(), flat.dtype, device_);
+    flat.full = view_bytes(flat.home, home, flat.layout.numel(), flat.dtype, device_);
     flat.shard = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
   }
   fill_flat(flat, request, members);
@@ -124,7 +132,7 @@ void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::ve
   at::Tensor staging_memory;
   if (wants_master) {
     staging_memory = pool_.take(flat.layout.numel() * 4);
-    staging = view_bytes(staging_memory.data_ptr(), flat.layout.numel(), at::kFloat, device_);
+    staging = view_bytes(staging_memory, staging_memory.data_ptr(), flat.layout.numel(), at::kFloat, device_);
   }
   for (const plan::Slot& gap : plan::padding_of(flat.layout)) staging.narrow(0, gap.offset, gap.numel).zero_();
   for (size_t slot = 0; slot < members.size(); ++slot) {
@@ -137,7 +145,7 @@ void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::ve
   }
   if (wants_master) {
     flat.full.copy_(staging);
-    flat.master = staging.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel).clone();
+    flat.master = options_.full_master ? staging.clone() : staging.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel).clone();
     staging = at::Tensor();
     pool_.put(std::move(staging_memory));
   }
@@ -150,8 +158,9 @@ void ParamStore::adopt_params(Flat& flat) {
     at::Tensor& p = params_[flat.params[slot]].tensor;
     char* data = static_cast<char*>(flat.full.data_ptr()) + flat.layout.slots[slot].offset * es;
     const auto options = at::TensorOptions().dtype(flat.dtype).device(device_);
-    at::Tensor fresh = p.is_non_overlapping_and_dense() ? at::from_blob(data, p.sizes(), p.strides(), options)
-                                                        : at::from_blob(data, p.sizes(), options);
+    const auto keep = [home = flat.home, buffer = flat.buffer](void*) {};
+    at::Tensor fresh = p.is_non_overlapping_and_dense() ? at::from_blob(data, p.sizes(), p.strides(), keep, options)
+                                                        : at::from_blob(data, p.sizes(), keep, options);
     p.set_data(fresh);
   }
 }
@@ -166,7 +175,7 @@ void ParamStore::bind(Unit& unit, bool available) {
       if (p.dropped) continue;
       const plan::Slot& where = flat.layout.slots[slot];
       c10::StorageImpl* storage = p.tensor.storage().unsafeGetStorageImpl();
-      storage->set_data_ptr_noswap(at::DataPtr(available ? base + where.offset * es : nullptr, device_));
+      storage->set_data_ptr_noswap(available ? pointer_into(flat.buffer, base + where.offset * es, device_) : at::DataPtr(nullptr, device_));
       storage->set_nbytes(available ? where.numel * es : 0);
     }
   }
@@ -182,7 +191,7 @@ void ParamStore::gather(int index, const char* phase, bool prefetch) {
       const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
       const int64_t shard_bytes = flat.layout.shard_numel * es;
       flat.buffer = pool_.take(shard_bytes * world());
-      flat.full = view_bytes(flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
+      flat.full = view_bytes(flat.buffer, flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
       flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *flat.home, static_cast<size_t>(flat.home_offset_bytes), 0,
                                                  static_cast<size_t>(shard_bytes), tag(phase, index, shard_bytes));
     }
@@ -246,7 +255,7 @@ void ParamStore::write_back(int index) {
     Flat& flat = flats_[f];
     const at::Tensor mine = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
     if (options_.shard_params) flat.shard.copy_(mine);
-    if (flat.master.defined()) flat.master.copy_(mine);
+    if (flat.master.defined()) flat.master.copy_(options_.full_master ? flat.full : mine);
   }
   for (int f : unit.flats) flats_[f].home->publish();
 }
@@ -276,6 +285,28 @@ void ParamStore::refresh_full() {
   for (Flat& flat : flats_) {
     if (flat.trainable && flat.full.defined()) flat.full.copy_(flat.shard);   // one rank: the shard is the whole
   }
+}
+
+at::Tensor ParamStore::gather_slices(int index, const at::Tensor& mine) {
+  at::NoGradGuard no_grad;
+  const Param& p = params_.at(index);
+  const plan::FlatLayout& layout = flats_[p.flat].layout;
+  int64_t longest = 0;
+  for (int r = 0; r < world(); ++r) longest = std::max(longest, plan::slice_of(layout, p.slot, r).numel);
+  const plan::Slice own = plan::slice_of(layout, p.slot, rank());
+  DS_CHECK(mine.dim() == 1 && mine.numel() == own.numel, "gather_slices: parameter '" << p.name << "' has a slice of " << own.numel
+                                                            << " elements on this rank, got " << mine.sizes());
+  at::Tensor padded = at::zeros({longest}, mine.options().device(at::kCPU));
+  padded.narrow(0, 0, own.numel).copy_(mine);
+  at::Tensor all = at::empty({world(), longest}, padded.options());
+  const int64_t bytes = longest * static_cast<int64_t>(padded.element_size());
+  groups_.shard->all_gather_host(padded.data_ptr(), static_cast<size_t>(bytes), all.data_ptr(), tag("gather_state", flats_[p.flat].unit, bytes));
+  at::Tensor full = at::empty({layout.slots[p.slot].numel}, padded.options());
+  for (int r = 0; r < world(); ++r) {
+    const plan::Slice slice = plan::slice_of(layout, p.slot, r);
+    full.narrow(0, slice.param_begin, slice.numel).copy_(all[r].narrow(0, 0, slice.numel));
+  }
+  return full.to(mine.device());
 }
 
 void ParamStore::drop_param(int index) {

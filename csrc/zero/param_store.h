@@ -40,7 +40,7 @@ struct Flat {
   int64_t home_offset_bytes = 0;
   at::Tensor shard;                                  // my part, [shard_numel], a view of home
   at::Tensor full;                                   // [world * shard_numel]; undefined while freed
-  at::Tensor master;                                 // fp32 [shard_numel] when more exact than the shard, else undefined
+  at::Tensor master;                                 // fp32, my part (or all, full_master), when more exact than the shard
   at::Tensor buffer;                                 // pool memory behind `full` (sharded stores only)
   std::shared_ptr<comm::Work> gathering;
 };
@@ -68,6 +68,7 @@ struct UnitRequest {
 
 struct StoreOptions {
   bool shard_params = false;
+  bool full_master = false;      // masters cover the whole flat: every rank steps everything (stage 0)
   int64_t align_numel = 64;
 };
 
@@ -108,6 +109,9 @@ class ParamStore {
   void publish_all();
   void refresh_full();
 
+  // Collective over the shard group: the parameter's full flat values, of which `mine` is this rank's slice.
+  at::Tensor gather_slices(int param, const at::Tensor& mine);
+
   // Takes a parameter out; the unit's memory goes when the last has left.
   void drop_param(int param);
 
@@ -124,7 +128,7 @@ class ParamStore {
   comm::Tag tag(const char* phase, int unit, int64_t bytes) const { return {step_, phase, unit, bytes}; }
   int64_t gathered_bytes() const;
   BufferPool& pool() { return pool_; }
-  // A point before the chunks: bump allocation out of shared chunks, so that few collective allocations are needed.
+  // Bump allocation out of shared chunks, so that few collective allocations are needed.
   std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> allocate_home(int64_t bytes);
 
  private:

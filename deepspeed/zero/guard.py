@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The class a parameter wears while its values are elsewhere.
+
+Its shape, dtype and flags are always answered. Anything that needs values gathers the parameter when a managed module
+is running (a weight used by another module, say a tied head), and raises an error that names it otherwise.
+"""
+import functools
+
+import torch
+
+_T = torch.Tensor
+
+
+def _metadata_functions():
+    getters = ("shape", "dtype", "device", "requires_grad", "grad", "is_leaf", "ndim", "layout", "grad_fn", "is_sparse", "is_cuda",
+               "is_cpu", "is_meta", "is_quantized", "names", "retains_grad", "output_nr", "_backward_hooks", "_version", "is_mkldnn",
+               "is_nested", "itemsize", "nbytes", "name", "_post_accumulate_grad_hooks", "is_xpu", "is_mps", "is_xla", "is_ipu",
+               "is_hpu", "is_mtia", "is_vulkan", "is_maia", "is_sparse_csr", "grad_dtype")
+    functions = set()
+    for name in getters:
+        attribute = getattr(_T, name, None)
+        if attribute is None:
+            continue
+        functions.add(attribute.__get__)
+        if name in ("requires_grad", "grad", "_backward_hooks"):
+            functions.add(attribute.__set__)
+    for name in ("size", "numel", "nelement", "dim", "ndimension", "stride", "is_floating_point", "is_complex", "is_signed",
+                 "element_size", "__hash__", "requires_grad_", "is_contiguous", "storage_offset", "__len__", "get_device",
+                 "register_hook", "register_post_accumulate_grad_hook", "is_shared", "has_names", "is_inference", "type"):
+        if hasattr(_T, name):
+            functions.add(getattr(_T, name))
+    functions.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_same_size))
+    return frozenset(functions)
+
+
+_METADATA = _metadata_functions()
+_DATA_GET = _T.data.__get__
+_REPR = _T.__repr__
+
+
+def _describe(parameter):
+    with torch._C.DisableTorchFunctionSubclass():
+        home = parameter.__dict__.get("ds_home")
+        name = home.name if home is not None else "?"
+        return f"Parameter '{name}' {tuple(parameter.shape)} {parameter.dtype}, sharded by ZeRO-3, values not gathered"
+
+
+def _guarded_in(value, found):
+    if isinstance(value, Guarded):
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _guarded_in(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _guarded_in(item, found)
+    return found
+
+
+def _tensors_in(value, found):
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _tensors_in(item, found)
+    return found
+
+
+class Guarded:
+    """Mixed into the own class of every freed parameter."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is _REPR:
+            return _describe(args[0])
+        if func is _DATA_GET:
+            with torch._C.DisableTorchFunctionSubclass():
+                return torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+        units = []
+        for parameter in _guarded_in((args, kwargs), []):
+            if isinstance(parameter, Guarded):  # an earlier one may have brought it back
+                home = parameter.__dict__["ds_home"]
+                home.gather_for_use(getattr(func, "__name__", str(func)))
+                units.append(home)
+        out = func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            for home in units:
+                home.watch(_tensors_in(out, []))
+        return out
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError(f"{_describe(self)}: gather it first, with deepspeed.zero.GatheredParameters([...])")
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError(f"{_describe(self)}: gather it first, with deepspeed.zero.GatheredParameters([...])")
+
+
+@functools.lru_cache(maxsize=None)
+def guard_class(cls):
+    """The guarded twin of a parameter class."""
+    if issubclass(cls, Guarded):
+        return cls
+    return type(cls.__name__, (Guarded, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def is_guarded(parameter):
+    return isinstance(parameter, Guarded)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose parameters live in the C++ store: sharded or replicated, gathered before use, freed after.
+
+Note [Who holds whom]: the engine (or the zero.Init context) holds a ManagedModel; parameters, module hooks and graphs refer
+to it weakly. When it goes, sharded values go with it; replicated values stay with the parameters.
+"""
+import itertools
+import weakref
+
+import torch
+
+from deepspeed._native import lib
+from deepspeed.zero.guard import guard_class
+from deepspeed.zero.status import ZeroParamStatus, ZeroParamType
+from deepspeed.zero.tensors import tensors_in
+
+_next_id = itertools.count()
+
+
+class ParamHome:
+    """Where one parameter is managed; `parameter.ds_home`."""
+
+    __slots__ = ("_owner", "index", "unit", "name", "__weakref__")
+
+    def __init__(self, owner, index, unit, name):
+        self._owner = weakref.ref(owner)
+        self.index, self.unit, self.name = index, unit, name
+
+    @property
+    def owner(self):
+        owner = self._owner()
+        if owner is None or owner.closed:
+            raise RuntimeError(f"parameter '{self.name}': its engine was destroyed, and its sharded values with it")
+        return owner
+
+    @property
+    def alive(self):
+        owner = self._owner()
+        return owner is not None and not owner.closed
+
+    def gather_for_use(self, function):
+        """An operation outside the hooks meets the freed parameter."""
+        owner = self.owner
+        if not owner.scheduler.in_forward:
+            raise RuntimeError(
+                f"{function} was called on parameter '{self.name}', which is sharded by ZeRO-3 and not gathered on this rank: "
+                f"wrap the access in `with deepspeed.zero.GatheredParameters([parameter]):` on all ranks")
+        owner.scheduler.enter(self.unit)
+
+    def watch(self, outputs):
+        owner = self.owner
+        if owner.hooks is not None:
+            owner.hooks.watch_outputs([self.unit], [t for t in outputs if t.requires_grad])
+
+
+def home_of(parameter):
+    """The parameter's ParamHome while its manager is alive, else None."""
+    home = getattr(parameter, "__dict__", {}).get("ds_home")
+    return home if home is not None and home.alive else None
+
+
+class ManagedModel:
+    """The parameters of one model in one store."""
+
+    def __init__(self, transports, device, shard_params, full_master=False):
+        self.transports = transports
+        self.device = device
+        # One rank owns everything anyway: nothing to free, nothing to gather.
+        self.shards_params = shard_params and transports.shard.size > 1
+        self.sharded_api = shard_params
+        self.store = lib().ParamStore(transports.world, transports.shard, transports.reduce, transports.replicate, str(device),
+                                      self.shards_params, full_master)
+        self.store.set_guard_classes(guard_class, ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE)
+        self.scheduler = lib().UnitScheduler(self.store)
+        self.reducer = None
+        self.hooks = None
+        self.params = []          # Python parameters by store index
+        self.closed = False
+        self._handles = []
+        self._sharded_classes = {}
+
+    # ---- filling
+
+    def add_unit(self, plan, dtype_of, trainable, keep_master, persistent_numel, broadcast=True):
+        """Collective. Moves the plan's parameters in. `dtype_of(p)`: what p shall become; `trainable(p)`: whether it is stepped."""
+        previous = [home_of(p) for p in plan.params]
+        for home in filter(None, previous):
+            home.owner.store.gather(home.unit, "gather_move")
+        from_store = all(previous) and bool(previous)
+        persistent = self.shards_params and plan.numel <= persistent_numel
+        first = len(self.params)
+        for parameter in plan.params:
+            if parameter.is_meta:
+                raise RuntimeError(f"parameter '{plan.names[plan.params.index(parameter)]}' is on the meta device and has no values: "
+                                   "materialise it, or build the model under deepspeed.zero.Init")
+        unit = self.store.add_unit(plan.name, plan.params, plan.names, [trainable(p) for p in plan.params],
+                                   [dtype_of(p) for p in plan.params], keep_master, broadcast and not from_store, persistent)
+        order = [slot[0] for flat in self.store.unit_flats(unit) for slot in self.store.flat_info(flat)["slots"]]
+        # The store numbers parameters flat by flat; find each one's number by its name.
+        number = {self.store.param_name(index): index for index in order}
+        self.params.extend([None] * len(order))
+        for parameter, name, home in zip(plan.params, plan.names, previous):
+            if home is not None:
+                home.owner.forget(home, parameter)
+            index = number[name]
+            self.params[index] = parameter
+            parameter.ds_home = ParamHome(self, index, unit, name)
+        assert len(self.params) == first + len(plan.params)
+        if self.sharded_api:
+            self._describe_unit(unit, plan.params)
+        return unit
+
+    def _describe_unit(self, unit, params):
+        """The ds_* attributes callers know, and the guard."""
+        if self.shards_params:
+            self.store.set_guard(unit, params)
+        for parameter in params:
+            if not hasattr(parameter, "ds_id"):
+                parameter.ds_id = next(_next_id)
+            parameter.ds_shape = torch.Size(parameter.shape)
+            parameter.ds_numel = parameter.numel()
+            parameter.ds_persist = not self.shards_params or self.store.is_persistent(unit)
+            parameter.ds_param_type = ZeroParamType.PARTITIONED
+            parameter.ds_process_group = None
+            parameter.ds_secondary_tensor = None
+            parameter.ds_active_sub_modules = set()
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+            parameter.ds_tensor = self.local_slice(parameter)
+            parameter.ds_tensor.ds_numel = parameter.ds_tensor.numel()
+            parameter.ds_tensor.final_location = None
+            _bind_methods(parameter)
+        if self.shards_params:
+            self.store.rebind(unit)
+
+    def forget(self, home, parameter):
+        """Another store takes the parameter over."""
+        self.store.drop_param(home.index, parameter)
+        self.params[home.index] = None
+        if all(p is None for p in self.params):
+            self.close()
+
+    # ---- slices
+
+    def place(self, parameter):
+        """(flat, begin in the parameter, begin in my shard, numel) of this rank's slice."""
+        home = parameter.ds_home
+        _, flat, _ = self.store.param_place(home.index)
+        begin, shard_begin, numel = self.store.slice_of(home.index, self.store.rank)
+        return flat, begin, shard_begin, numel
+
+    def local_slice(self, parameter):
+        flat, _, begin, numel = self.place(parameter)
+        return self.store.shard(flat).narrow(0, begin, numel)
+
+    def gather_slices(self, parameter, mine):
+        """Collective. The full flat tensor of which `mine` is this rank's slice (same dtype on all ranks)."""
+        return self.store.gather_slices(parameter.ds_home.index, mine.detach())
+
+    # ---- hooks on modules
+
+    def install_unit_hooks(self, plan, units):
+        """Gathers units before the modules that use them run, and frees them after."""
+        enter, leave = {}, {}
+        modules = {}
+        index_of = {id(p): unit for unit, u in zip(units, plan.units) for p in u.params}
+
+        def note(table, module, unit):
+            modules[id(module)] = module
+            units_of = table.setdefault(id(module), [])
+            if unit not in units_of:
+                units_of.append(unit)
+
+        for unit, u in zip(units, plan.units):
+            if not self.shards_params or self.store.is_persistent(unit):
+                continue
+            for module in u.hooked:
+                note(enter, module, unit)
+            note(leave, u.hooked[-1], unit)
+            note(leave, u.scope, unit)
+        for module, parameter in plan.uses:
+            unit = index_of.get(id(parameter))
+            if unit is not None and self.shards_params and not self.store.is_persistent(unit):
+                note(enter, module, unit)
+                note(leave, module, unit)
+        for key, module in modules.items():
+            self._hook_module(module, enter.get(key, []), leave.get(key, []))
+
+    def _hook_module(self, module, enter, leave):
+        me = weakref.ref(self)
+
+        def before(module, args):
+            owner = me()
+            if owner is not None and not owner.closed:
+                for unit in enter:
+                    owner.scheduler.enter(unit)
+
+        def after(module, args, kwargs, output):
+            owner = me()
+            if owner is None or owner.closed:
+                return
+            if torch.is_grad_enabled() and owner.hooks is not None and enter:
+                owner.hooks.watch_outputs(enter, [t for t in tensors_in(output) if t.requires_grad])
+                inputs = [t for t in tensors_in(args) + tensors_in(kwargs) if t.requires_grad]
+                owner.hooks.watch_inputs(enter, [t for t in inputs if not isinstance(t, torch.nn.Parameter)])
+            for unit in leave:
+                owner.scheduler.leave(unit)
+
+        if enter:
+            self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def install_root_hooks(self, model):
+        me = weakref.ref(self)
+
+        def before(module, args):
+            owner = me()
+            if owner is not None and not owner.closed:
+                owner.scheduler.begin_forward()
+
+        def after(module, args, kwargs, output):
+            owner = me()
+            if owner is None or owner.closed:
+                return
+            if output is not None and torch.is_grad_enabled() and owner.hooks is not None:
+                owner.hooks.watch_root([t for t in tensors_in(output) if t.requires_grad])
+            owner.scheduler.end_forward()
+
+        # In front of all other hooks of the root, and behind them; also when the forward raises.
+        self._handles.append(model.register_forward_pre_hook(before, prepend=True))
+        self._handles.append(model.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def remove_module_hooks(self):
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def watch_backward(self, reducer):
+        """Connects autograd; `reducer` None: nothing is trained, but backward still needs gathered parameters."""
+        self.reducer = reducer
+        self.hooks = lib().AutogradHooks(self.store, reducer, self.scheduler)
+        if reducer is not None:
+            self.hooks.watch_parameters()
+
+    # ---- end
+
+    def close(self):
+        """Takes everything off the model. Sharded values are gone after this; replicated ones stay in place."""
+        if self.closed:
+            return
+        self.closed = True
+        self.remove_module_hooks()
+        if self.hooks is not None:
+            self.hooks.close()
+        self.hooks = self.reducer = None
+        if self.shards_params:
+            for unit in range(self.store.units):
+                while self.store.pins(unit):
+                    self.store.unpin(unit)
+            self.store.release_all()
+        self.store.clear_guards()
+        self.params = []
+
+    def __del__(self):
+        if not getattr(self, "closed", True):
+            try:
+                self.close()
+            except Exception:  # the interpreter may be half gone; nothing is lost that still had an owner
+                pass
+
+
+def _bind_methods(parameter):
+    from deepspeed.zero import param_methods
+    param_methods.bind(parameter)

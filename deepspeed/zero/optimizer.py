@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer that initialize() returns: the same step at every stage, over the slices this rank owns."""
+import math
+import struct
+from dataclasses import dataclass, field
+
+import torch
+
+from deepspeed.telemetry import logger
+from deepspeed.zero.managed import home_of
+from deepspeed.zero.stepper import ClientStep, FusedStep, recognise
+
+
+class DeepSpeedOptimizer:
+    """Base class of what initialize() returns as the optimizer."""
+
+
+class ZeROOptimizer(DeepSpeedOptimizer):
+    """Base class of the optimizers that work on slices."""
+
+
+@dataclass
+class SliceSegment:
+    begin: int       # in the slice
+    numel: int
+    group: int
+    param: int       # index in the store
+    parameter: torch.nn.Parameter   # what the basic optimizer sees: a view of the master
+
+
+@dataclass
+class OptimizerSlice:
+    flat: int
+    master: torch.Tensor      # fp32, 1-D
+    low: object               # the parameter memory to refresh, None when it is the master
+    segments: list = field(default_factory=list)
+
+
+class NonFiniteError(FloatingPointError):
+    """Gradients that are not finite, where no loss scaling can help."""
+
+
+class ShardedOptimizer(ZeROOptimizer):
+    """Gradient norm, clipping, the update and the refresh of parameters for a ManagedModel.
+
+    `param_groups` are the very dicts of the basic optimizer: changing a learning rate there changes the next step. Their
+    "params" are fp32 slices, one for each parameter this rank owns a part of.
+    """
+
+    def __init__(self, managed, optimizer, group_of, options):
+        """group_of: parameter id -> index of its param group. options: StepOptions."""
+        self.managed, self.optimizer, self.options = managed, optimizer, options
+        self.loss_scaler = options.scaler
+        self.overflow = False
+        self.skipped_bad = 0
+        self._norm = None
+        self.slices = self._make_slices(group_of)
+        self._where = {}     # store index -> (slice number, segment)
+        for number, s in enumerate(self.slices):
+            for segment in s.segments:
+                self._where[segment.param] = (number, segment)
+        self._swap_params()
+        known = recognise(optimizer) if options.fuse else None
+        if known is not None:
+            kind, decoupled = known
+            transport = managed.transports.shard if options.partial_slices else None
+            self.stepper = FusedStep(optimizer, self.slices, kind, decoupled, managed.store.params, transport)
+        else:
+            self.stepper = ClientStep(optimizer, self.slices)
+        managed.optimizer = self
+
+    # ---- construction
+
+    def _make_slices(self, group_of):
+        store, slices = self.managed.store, []
+        partial = self.options.partial_slices
+        for flat in range(store.flats):
+            info = store.flat_info(flat)
+            if not info["trainable"] or not info["slots"]:
+                continue
+            low = store.shard(flat) if partial else store.full(flat)
+            master = store.master(flat)
+            if info["dtype"] == torch.float32:
+                master, low = low, None
+            elif master is None:
+                master = low.float()
+                store.set_master(flat, master)
+            s = OptimizerSlice(flat, master, low)
+            for index, offset, numel in info["slots"]:
+                parameter = self.managed.params[index]
+                begin = offset
+                if partial:
+                    _, begin, numel = store.slice_of(index, store.rank)
+                if numel == 0:
+                    continue
+                view = master.narrow(0, begin, numel)
+                if numel == parameter.numel() and parameter.is_contiguous():
+                    view = view.view(parameter.shape)
+                proxy = torch.nn.Parameter(view, requires_grad=True)
+                proxy.ds_name = store.param_name(index)
+                s.segments.append(SliceSegment(begin, numel, group_of[id(parameter)], index, proxy))
+            slices.append(s)
+        return slices
+
+    def _swap_params(self):
+        """The basic optimizer's groups now hold our slices; its dicts stay the caller's own."""
+        state = dict(self.optimizer.state)
+        if state:
+            logger.warning("the optimizer already had state before deepspeed.initialize(); it starts anew")
+            self.optimizer.state.clear()
+        for number, group in enumerate(self.optimizer.param_groups):
+            group["params"] = [seg.parameter for s in self.slices for seg in s.segments if seg.group == number]
+
+    # ---- the step
+
+    @property
+    def loss_scale(self):
+        return self.loss_scaler.loss_scale
+
+    cur_scale = loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, value):
+        self.loss_scaler.cur_scale = float(value)
+
+    def override_loss_scale(self, loss_scale):
+        self.loss_scaler.cur_scale = float(loss_scale)
+
+    @property
+    def dynamic_loss_scale(self):
+        return self.loss_scaler.dynamic
+
+    def check_overflow(self, partition_gradients=True):
+        return self.overflow
+
+    def _reduced_stats(self):
+        reducer = self.managed.reducer
+        stats = reducer.reduce_stats()
+        if stats[2]:  # somebody still holds gradients that came too late for their round
+            reducer.flush_carry()
+            stats = reducer.reduce_stats()
+        return stats
+
+    def step(self, closure=None):
+        """One update from the gradients reduced so far; skipped, with `overflow` set, when they are not finite."""
+        loss = closure() if closure is not None else None
+        sum_squares, bad, _ = self._reduced_stats()
+        self.overflow = bool(bad) or not math.isfinite(sum_squares)
+        if self.overflow:
+            self._skip()
+            return loss
+        self.skipped_bad = 0
+        norm = math.sqrt(sum_squares) / self.loss_scale
+        self._norm = norm
+        factor = 1.0 / self.loss_scale
+        if self.options.clip > 0 and norm > self.options.clip:
+            factor *= self.options.clip / (norm + 1e-6)
+        self._update(factor)
+        self.loss_scaler.update_scale(False)
+        return loss
+
+    def _update(self, factor):
+        managed = self.managed
+        managed.reducer.gather_grads()
+        read = managed.reducer.grad_slice if self.options.partial_slices else managed.reducer.grad
+        self.stepper.step([read(s.flat) for s in self.slices], factor)
+        self.optimizer._opt_called = True  # torch's schedulers ask whether step() has run
+        managed.reducer.zero()
+        if self.options.partial_slices:
+            managed.store.publish_all()
+            managed.store.refresh_full()
+
+    def _skip(self):
+        where = self._first_bad()
+        self._norm = float("inf")
+        self.managed.reducer.zero()
+        self.skipped_bad += 1
+        options = self.options
+        if options.on_bad == "raise":
+            raise NonFiniteError(f"gradients are not finite{where} at step {options.step_number()}: the loss is probably NaN or infinite. "
+                                 "Look at the data and the learning rate; fp16 and bf16 skip such steps")
+        before = self.loss_scale
+        self.loss_scaler.update_scale(True, where)
+        if options.on_bad == "scale":
+            logger.warning(f"step {options.step_number()} skipped: gradients overflow{where}; loss scale {before:g} -> {self.loss_scale:g}")
+        else:
+            logger.warning(f"step {options.step_number()} skipped: gradients are not finite{where}")
+            if self.skipped_bad >= options.most_bad_in_a_row:
+                raise NonFiniteError(f"{self.skipped_bad} steps in a row had gradients that are not finite{where}: the model has diverged")
+
+    def _first_bad(self):
+        """Text naming the first bad parameter, and the rank it came from; the same on every rank. Collective."""
+        param, rank = self.managed.reducer.find_bad()
+        found = self.managed.transports.reduce.all_gather_host(struct.pack("qq", param, rank), "first_bad")
+        entries = [struct.unpack("qq", item) for item in found]
+        entries = [e for e in entries if e[0] >= 0]
+        if not entries:
+            return ""
+        param, rank = min(entries)
+        name = self.managed.store.param_name(param)
+        return f" in parameter '{name}'" + (f" on rank {rank}" if rank >= 0 else "")
+
+    def zero_grad(self, set_to_none=True):
+        self.managed.reducer.zero()
+
+    def backward(self, loss, retain_graph=False):
+        """Scales the loss and runs its backward (what engine.backward does, without the division by accumulation steps)."""
+        self.managed.reducer.set_refusal("")
+        (loss.float() * self.loss_scale).backward(retain_graph=retain_graph)
+
+    # ---- what callers read
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value):
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value):
+        self.optimizer.state = value
+
+    @property
+    def defaults(self):
+        return self.optimizer.defaults
+
+    @property
+    def parameter_offload(self):
+        return self.options.parameter_offload
+
+    def get_global_norm(self):
+        return self._norm
+
+    @property
+    def _global_grad_norm(self):
+        return self._norm
+
+    def get_lr(self):
+        return [group["lr"] for group in self.param_groups]
+
+    def set_lr(self, lr):
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def state_dict(self):
+        """This rank's part: slices keyed by parameter name, the groups' hyperparameters, the loss scale."""
+        state = {}
+        for number, s in enumerate(self.slices):
+            for segment in s.segments:
+                name = self.managed.store.param_name(segment.param)
+                entry = {"fp32": s.master.narrow(0, segment.begin, segment.numel)}
+                entry.update({k: v for k, v in self.optimizer.state.get(segment.parameter, {}).items()})
+                state[name] = entry
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        return {"state": state, "param_groups": groups, "loss_scaler": self.loss_scaler.state_dict(), "steps": self.stepper.steps}
+
+    def load_state_dict(self, state_dict):
+        """Takes over a state_dict() of the same rank, world size and model."""
+        for number, s in enumerate(self.slices):
+            for segment in s.segments:
+                name = self.managed.store.param_name(segment.param)
+                if name not in state_dict["state"]:
+                    raise KeyError(f"optimizer state of parameter '{name}' is missing in the state_dict")
+        self.stepper.ensure_state()
+        with torch.no_grad():
+            for number, s in enumerate(self.slices):
+                for segment in s.segments:
+                    entry = state_dict["state"][self.managed.store.param_name(segment.param)]
+                    s.master.narrow(0, segment.begin, segment.numel).copy_(entry["fp32"])
+                    own = self.optimizer.state[segment.parameter]
+                    for key, value in entry.items():
+                        if key == "fp32":
+                            continue
+                        if key != "step" and torch.is_tensor(own.get(key)) and torch.is_tensor(value):
+                            own[key].copy_(value)
+                        elif key not in own or key != "step":
+                            own[key] = value
+                if s.low is not None:
+                    s.low.copy_(s.master)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            group.update(saved)
+        self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
+        self.stepper.steps = state_dict["steps"]
+        self._publish()
+
+    # ---- slices by parameter
+
+    def slices_are_partial(self, kind):
+        if kind == "grad":
+            return self.managed.transports.shard.size > 1 and self.options.partial_slices
+        return self.options.partial_slices
+
+    def slice_of(self, parameter, kind, key=None):
+        """This rank's slice of a parameter's "fp32", "grad" or "state" value as a 1-D view; None when there is none on any rank."""
+        home = home_of(parameter)
+        entry = self._where.get(home.index)
+        trained = self.managed.store.flat_info(self.managed.store.param_place(home.index)[1])["trainable"]
+        if not trained:
+            return None
+        if kind == "grad":
+            reducer = self.managed.reducer
+            flat = self.managed.store.param_place(home.index)[1]
+            if not reducer.has_grad(flat):
+                return None
+            if not self.options.partial_slices:
+                reducer.gather_grads()
+        if entry is None:  # my slice is empty; another rank's is not
+            if kind == "state" and not self.stepper.steps:
+                return None
+            return torch.empty(0, device=self.managed.device)
+        number, segment = entry
+        s = self.slices[number]
+        if kind == "fp32":
+            return s.master.narrow(0, segment.begin, segment.numel)
+        if kind == "state":
+            return self.stepper.state_of(number, segment, key)
+        read = self.managed.reducer.grad_slice if self.options.partial_slices else self.managed.reducer.grad
+        return read(s.flat).narrow(0, segment.begin, segment.numel)
+
+    def refresh_parameter(self, parameter):
+        """After this rank's fp32 slice was set: the parameter itself follows, on all ranks. Collective."""
+        entry = self._where.get(home_of(parameter).index)
+        if entry is not None:
+            number, segment = entry
+            s = self.slices[number]
+            if s.low is not None:
+                s.low.narrow(0, segment.begin, segment.numel).copy_(s.master.narrow(0, segment.begin, segment.numel))
+        self._publish()
+
+    def _publish(self):
+        if self.options.partial_slices:
+            store = self.managed.store
+            self.managed.transports.shard.barrier("set_parameter")
+            store.publish_all()
+            store.refresh_full()
+
+    def destroy(self):
+        self.slices = []
+        self._where = {}
+
+
+# The names callers import for the optimizers of the single stages; there is one.
+DeepSpeedZeroOptimizer = DeepSpeedZeroOptimizer_Stage3 = BF16_Optimizer = FP16_Optimizer = FP16_UnfusedOptimizer = ShardedOptimizer

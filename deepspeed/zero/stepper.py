@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which update runs on the slices: our fused step where the optimizer is one it computes, else the optimizer's own."""
+import torch
+
+from deepspeed._native import lib
+
+
+def _plain(group, **wanted):
+    return all(not group.get(key, value) or group.get(key) == value for key, value in wanted.items())
+
+
+def _adam(optimizer, decoupled_of):
+    if any(g.get("amsgrad") or g.get("maximize") or g.get("differentiable") or isinstance(g["lr"], torch.Tensor) and g["lr"].requires_grad
+           for g in optimizer.param_groups):
+        return None
+    return "adam", decoupled_of
+
+
+def recognise(optimizer):
+    """(kind, decoupled(group)) of an optimizer the fused step computes exactly, else None. Subclasses may differ: exact types only."""
+    kind, groups = type(optimizer), optimizer.param_groups
+    if kind in (torch.optim.Adam, torch.optim.AdamW):
+        return _adam(optimizer, lambda g: g.get("decoupled_weight_decay", kind is torch.optim.AdamW))
+    if kind is torch.optim.SGD and not any(g.get("maximize") or g.get("differentiable") for g in groups):
+        return "sgd", None
+    if kind is torch.optim.Adagrad and not any(g.get("maximize") or g.get("differentiable") or g.get("lr_decay")
+                                               or g.get("initial_accumulator_value") for g in groups):
+        return "adagrad", None
+    if kind.__module__.startswith("deepspeed.ops."):
+        name = kind.__name__
+        if name in ("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam"):
+            mode = bool(getattr(optimizer, "adam_w_mode", getattr(optimizer, "adamw_mode", True)))
+            return _adam(optimizer, lambda g: mode)
+        if name in ("FusedLion", "DeepSpeedCPULion"):
+            return "lion", None
+        if name == "DeepSpeedCPUAdagrad":
+            return "adagrad", None
+        if name == "FusedLamb":
+            return "lamb", None
+    return None
+
+
+def hyper_of(group, step, kind, decoupled_of, defaults):
+    """The values of a parameter group as C++ reads them; lr may be a tensor."""
+    h = lib().Hyper()
+    h.lr = float(group["lr"])
+    h.weight_decay = float(group.get("weight_decay", 0.0))
+    h.step = step
+    if "betas" in group:
+        h.beta1, h.beta2 = (float(b) for b in group["betas"])
+    h.eps = float(group.get("eps", 0.0))
+    h.momentum = float(group.get("momentum", 0.0) or 0.0)
+    h.dampening = float(group.get("dampening", 0.0) or 0.0)
+    h.nesterov = bool(group.get("nesterov", False))
+    h.bias_correction = bool(group.get("bias_correction", True))
+    h.decoupled = bool(decoupled_of(group)) if decoupled_of is not None else True
+    if kind == "lamb":
+        h.max_coeff = float(group.get("max_coeff", defaults.get("max_coeff", 10.0)))
+        h.min_coeff = float(group.get("min_coeff", defaults.get("min_coeff", 0.01)))
+        h.eps_inside_sqrt = bool(group.get("eps_inside_sqrt", False))
+    return h
+
+
+class FusedStep:
+    """Our step: state lies in C++, the optimizer object keeps the hyperparameters and shows the state."""
+
+    def __init__(self, optimizer, slices, kind, decoupled_of, params, transport):
+        self.optimizer, self.slices, self.kind, self._decoupled_of = optimizer, slices, kind, decoupled_of
+        self.native = lib().SliceOptimizer(kind, params, transport)
+        for s in slices:
+            self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments])
+        self.steps = 0
+        self._step_tensor = torch.zeros(())
+        self.state_names = self.native.state_names()
+
+    def step(self, grads, grad_scale):
+        self.steps += 1
+        # After load_state_dict or by hand, the shared counter may have been set from outside.
+        hypers = [hyper_of(g, self.steps, self.kind, self._decoupled_of, self.optimizer.defaults) for g in self.optimizer.param_groups]
+        self.native.step(hypers, grads, grad_scale)
+        self._step_tensor.fill_(self.steps)
+        if self.steps == 1:
+            self.show_state()
+
+    def show_state(self):
+        """optimizer.state[p] as torch keeps it, as views of the state in C++."""
+        names = self.state_names
+        if self.kind == "adagrad" and type(self.optimizer) is torch.optim.Adagrad:
+            names = ["sum"]
+        for index, s in enumerate(self.slices):
+            states = self.native.states(index)
+            for segment in s.segments:
+                entry = self.optimizer.state[segment.parameter]
+                entry["step"] = self._step_tensor
+                for name, state in zip(names, states):
+                    entry[name] = state.narrow(0, segment.begin, segment.numel)
+
+    def state_of(self, segment_slice, segment, key):
+        states = self.native.states(segment_slice)
+        if not states:
+            return None
+        aliases = {"sum": "exp_avg_sq"}
+        key = aliases.get(key, key)
+        if key not in self.state_names:
+            return None
+        return states[self.state_names.index(key)].narrow(0, segment.begin, segment.numel)
+
+    def ensure_state(self):
+        if not self.native.states(0) if self.slices else False:
+            for index, s in enumerate(self.slices):
+                self.native.set_states(index, [torch.zeros_like(s.master) for _ in self.state_names])
+        self.show_state()
+
+
+class ClientStep:
+    """Any torch optimizer: it sees one fp32 parameter for each slice, shaped like the whole parameter where the slice is whole."""
+
+    def __init__(self, optimizer, slices):
+        self.optimizer, self.slices = optimizer, slices
+        self.steps = 0
+
+    def step(self, grads, grad_scale):
+        self.steps += 1
+        for s, grad in zip(self.slices, grads):
+            if grad_scale != 1.0:
+                grad.mul_(grad_scale)
+            for segment in s.segments:
+                segment.parameter.grad = grad.narrow(0, segment.begin, segment.numel).view(segment.parameter.shape)
+        self.optimizer.step()
+        for s in self.slices:
+            for segment in s.segments:
+                segment.parameter.grad = None
+            if s.low is not None:
+                lib().copy_scale(s.low, s.master, 1.0)
+
+    def state_of(self, segment_slice, segment, key):
+        value = self.optimizer.state.get(segment.parameter, {}).get(key)
+        return value.reshape(-1) if torch.is_tensor(value) and value.numel() == segment.numel else None
+
+    def ensure_state(self):
+        pass
