@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What passes through, what is held, and that no byte is lost, whatever the pieces it arrives in."""
+
+import os
+
+import pytest
+
+from deepspeed.launcher import relay as relay_module
+from deepspeed.launcher.relay import HEADER, Relay, last_line
+
+TRACEBACK = HEADER + b"\n  File \"x.py\", line 1, in <module>\n    f()\nValueError: no\nsecond line\n"
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    written = bytearray()
+    monkeypatch.setattr(relay_module, "write_stderr", written.extend)
+    return written
+
+
+@pytest.fixture
+def pipe():
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    relay = Relay(read_end)
+    yield relay, lambda data, now=0.0: (os.write(write_end, data), relay.read(now))
+    relay.close()
+    os.close(write_end)
+
+
+def test_partial_lines_pass_at_once(terminal, pipe):
+    relay, write = pipe
+    write(b"\r 10%|#   ")
+    assert terminal == b"\r 10%|#   " and relay.mid_line and not relay.holding
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 33, 34, 35, 1000])
+def test_held_from_the_header_on_in_any_pieces(terminal, pipe, size):
+    relay, write = pipe
+    data = b"\r 50%|##" + TRACEBACK + b"after\n"
+    for start in range(0, len(data), size):
+        write(data[start:start + size], now=5.0)
+    assert terminal == b"\r 50%|##" and relay.holding and relay.failed_at == 5.0
+    assert relay.take_held() == TRACEBACK + b"after\n" and not relay.holding
+
+
+def test_what_only_looks_like_a_header_passes(terminal, pipe):
+    relay, write = pipe
+    for piece in (b"Trace", b"back (most", b" recent) no\n", b"Traceback (most recent call last", b"ing)\n"):
+        write(piece)
+    assert terminal == b"Traceback (most recent) no\nTraceback (most recent call lasting)\n"
+
+
+def test_release_gives_it_back_in_order(terminal, pipe):
+    relay, write = pipe
+    write(b"a\n" + TRACEBACK)
+    relay.release()
+    write(b"b\n")
+    assert terminal == b"a\n" + TRACEBACK + b"b\n" and relay.failed_at is not None
+
+
+def test_held_text_is_bounded(terminal, pipe, monkeypatch):
+    monkeypatch.setattr(relay_module, "_MAX_HELD_BYTES", 1000)
+    relay, write = pipe
+    write(TRACEBACK)
+    write(b"x" * 2000)
+    assert not relay.holding and terminal == TRACEBACK + b"x" * 2000
+
+
+def test_with_a_log_everything_goes_there(terminal, tmp_path):
+    log = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    relay = Relay(read_end, log)
+    os.write(write_end, b"a\n" + TRACEBACK)
+    os.close(write_end)
+    relay.read(0.0)
+    assert relay.at_end and (tmp_path / "log").read_bytes() == b"a\n" + TRACEBACK
+    assert terminal == b"" and relay.take_held() == TRACEBACK
+    os.close(log)
+
+
+@pytest.mark.parametrize("text,expected", [
+    (TRACEBACK, "ValueError: no"),
+    (TRACEBACK + b"\nDuring handling of the above exception, another exception occurred:\n\n" + HEADER +
+     b"\n  File \"y\", line 2\nKeyError: 'k'\n", "KeyError: 'k'"),
+    (b"", ""),
+    (HEADER + b"\n  cut off", ""),
+])  # yapf: disable
+def test_last_line(text, expected):
+    assert last_line(text) == expected
