@@ -16,7 +16,7 @@ _EXPORTS = {
     **{name: f"deepspeed.{name}" for name in _MODULES},
     # training
     **names("deepspeed.engine", "initialize", "DeepSpeedEngine", "DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"),
-    **names("deepspeed.config", "DeepSpeedConfig", "DeepSpeedConfigError"),
+    **names("deepspeed.config", "DeepSpeedConfig", "DeepSpeedConfigError", "DeepSpeedConfigWriter"),
     **names("deepspeed.runtime.base_optimizer", "DeepSpeedOptimizer", "ZeROOptimizer"),
     **names("deepspeed.data", "DeepSpeedDataLoader"),
     **names("deepspeed.schedules", "add_tuning_arguments"),

@@ -11,6 +11,7 @@ only after every other finder has failed to find the module.
 """
 import importlib
 import sys
+import types
 
 
 def names(home, *attributes):
@@ -58,6 +59,16 @@ def alias(name, target):
     To be called from the body of module `name`; the import system hands out whatever sys.modules holds afterwards.
     """
     sys.modules[name] = importlib.import_module(target)
+
+
+def make_callable(name, attribute):
+    """Makes module `name` callable as its own `attribute`, for a name that has always been both a module and a function."""
+
+    class Callable(types.ModuleType):
+        def __call__(self, *args, **kwargs):
+            return getattr(self, attribute)(*args, **kwargs)
+
+    sys.modules[name].__class__ = Callable
 
 
 def not_built_message(name, subject):

@@ -69,15 +69,8 @@ def _from_config(config):
     if section is None:
         from deepspeed.config import load_config
 
-        section = load_config(_with_batch_size(config)).activation_checkpointing
+        section = load_config(config, batch_required=False).activation_checkpointing
     return {ours: getattr(section, key) for key, ours in _SECTION.items()}
-
-
-def _with_batch_size(config):
-    """A dict with only our section is fine here, although a whole configuration must say its batch size."""
-    if isinstance(config, dict) and not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(config):
-        return dict(config, train_micro_batch_size_per_gpu=1)
-    return config
 
 
 def _check(new):

@@ -34,6 +34,29 @@ class HostEvent:
         return (end_event._at_s - self._at_s) * 1000.0
 
 
+class HostStream:
+    """The one order in which a CPU does things. Nothing is ever pending on it."""
+
+    def __init__(self, device=None, priority=0): ...
+
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+    def wait_event(self, event): ...
+
+    def wait_stream(self, stream): ...
+
+    def record_event(self, event=None):
+        event = HostEvent() if event is None else event
+        event.record()
+        return event
+
+
+_THE_STREAM = HostStream()
+
+
 def _proc_bytes(path, key):
     """The "kB" figure behind `key` in a /proc file, in bytes; 0 where there is none."""
     with contextlib.suppress(OSError), open(path) as lines:
@@ -94,16 +117,16 @@ class CPU_Accelerator(DeepSpeedAccelerator):
     # ---- streams and events
     @property
     def Stream(self):
-        return torch.cpu.Stream
+        return HostStream
 
     def stream(self, stream):
-        return torch.cpu.stream(stream)
+        return contextlib.nullcontext(stream)
 
     def current_stream(self, device_index=None):
-        return torch.cpu.current_stream()
+        return _THE_STREAM
 
     def default_stream(self, device_index=None):
-        return torch.cpu.current_stream()
+        return _THE_STREAM
 
     @property
     def Event(self):
@@ -116,7 +139,8 @@ class CPU_Accelerator(DeepSpeedAccelerator):
         return _proc_bytes("/proc/self/status", "VmRSS")
 
     def max_memory_allocated(self, device_index=None):
-        return _proc_bytes("/proc/self/status", "VmHWM")
+        # The kernel counts lazily: the recorded peak may lag a few pages behind the present figure.
+        return max(_proc_bytes("/proc/self/status", "VmHWM"), self.memory_allocated())
 
     def reset_peak_memory_stats(self, device_index=None):
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as control:

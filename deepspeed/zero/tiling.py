@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """TiledLinear: one large linear layer as a grid of small ones, so that only a tile at a time need be gathered."""
+import contextlib
+
 import torch
 from torch import nn
+
+from deepspeed.zero.recognise import is_zero_param
 
 
 def split_sizes(extent, parts):
@@ -103,6 +107,9 @@ def _full_shape(parameter):
 
 
 def _gathered(parameters, modifier_rank=None):
-    from deepspeed.zero import GatheredParameters
+    sharded = [p for p in parameters if is_zero_param(p)]
+    if not sharded:
+        return contextlib.nullcontext()
+    from deepspeed.zero.gathered import GatheredParameters
 
-    return GatheredParameters([p for p in parameters if p is not None and hasattr(p, "ds_id")], modifier_rank=modifier_rank)
+    return GatheredParameters(sharded, modifier_rank=modifier_rank)

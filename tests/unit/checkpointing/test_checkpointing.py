@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recomputed activations change no bit: outputs, gradients and random numbers are those of the plain run."""
+import types
+
+import pytest
+import torch
+
+import deepspeed
+from deepspeed import checkpointing
+from deepspeed.checkpointing import configuration, recompute
+from deepspeed.device import get_accelerator
+
+BOTH = [checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint]
+
+
+@pytest.fixture(autouse=True)
+def as_at_start():
+    yield
+    configuration._State.options, configuration._State.configured = configuration.Options(), False
+    checkpointing.get_cuda_rng_tracker().reset()
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.runs = 0
+
+    def forward(self, x, scale=1.0, extra=None):
+        self.runs += 1
+        y = torch.nn.functional.dropout(torch.relu(self.linear(x)), 0.5) * scale
+        return y if extra is None else (y + extra, extra.sum())
+
+
+def train(block, run):
+    torch.manual_seed(3)
+    block.zero_grad()
+    x = torch.arange(16.0).view(2, 8).div(16).requires_grad_()
+    out = run(x)
+    out.square().sum().backward()
+    return out.detach(), x.grad, block.linear.weight.grad.clone(), torch.rand(2)
+
+
+@pytest.mark.parametrize("checkpoint", BOTH)
+def test_same_bits_and_run_twice(checkpoint):
+    torch.manual_seed(0)
+    block = Block()
+    expected = train(block, block)
+    assert block.runs == 1
+    got = train(block, lambda x: checkpoint(block, x))
+    assert block.runs == 3
+    assert all(torch.equal(a, b) for a, b in zip(expected, got))
+
+
+@pytest.mark.parametrize("checkpoint", BOTH)
+def test_keyword_arguments_non_tensors_and_tuples(checkpoint):
+    block = Block()
+    extra = torch.ones(2, 8, requires_grad=True)
+
+    def run(x):
+        out, total = checkpoint(block, x, 2.0, extra=extra)
+        return out + total
+
+    extra.grad = None
+    got = train(block, run)
+    extra_grad, extra.grad = extra.grad, None
+    expected = train(block, lambda x: sum(block(x, 2.0, extra=extra)))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got)) and torch.equal(extra.grad, extra_grad)
+
+
+def test_non_reentrant_needs_no_input_with_a_gradient():
+    block = Block()
+    checkpointing.non_reentrant_checkpoint(block, torch.ones(2, 8)).sum().backward()
+    assert block.linear.weight.grad is not None
+
+
+@pytest.mark.parametrize("checkpoint", BOTH)
+def test_tracked_random_states_are_replayed(checkpoint):
+    """Dropout inside fork() must drop the same elements in the second run, and the tracked state must go on as if run once."""
+    tracker = checkpointing.get_cuda_rng_tracker()
+    seen = []
+
+    def noisy(x):
+        with tracker.fork():
+            noise = torch.rand(4)
+        seen.append(noise)
+        return x * noise
+
+    def go(run):
+        seen.clear()
+        checkpointing.model_parallel_cuda_manual_seed(5)
+        x = torch.ones(4, requires_grad=True)
+        run(run(x)).sum().backward()
+        with tracker.fork():
+            return x.grad, torch.rand(2)
+
+    grad, after = go(noisy)
+    first, second = seen
+    got_grad, got_after = go(lambda x: checkpoint(noisy, x))
+    assert len(seen) == 4 and torch.equal(seen[0], first) and torch.equal(seen[1], second)
+    assert torch.equal(seen[2], second) and torch.equal(seen[3], first)
+    assert torch.equal(grad, got_grad) and torch.equal(after, got_after)
+
+
+def test_configure_by_arguments_and_by_config():
+    assert not checkpointing.is_configured()
+    checkpointing.configure(None, synchronize=True)
+    assert checkpointing.is_configured() and configuration.options().synchronize
+    config = {"activation_checkpointing": {"profile": True, "number_checkpoints": 4}}
+    checkpointing.configure(None, deepspeed_config=config)
+    assert configuration.options().profile and configuration.options().num_checkpoints == 4 and not configuration.options().synchronize
+    checkpointing.configure(None, deepspeed_config=config, profile=False, num_checkpoints=5)
+    assert not configuration.options().profile and configuration.options().num_checkpoints == 5
+    loaded = types.SimpleNamespace(activation_checkpointing=types.SimpleNamespace(
+        partition_activations=False, contiguous_memory_optimization=False, number_checkpoints=7, cpu_checkpointing=False,
+        synchronize_checkpoint_boundary=False, profile=False))
+    checkpointing.configure(None, loaded)
+    assert configuration.options().num_checkpoints == 7
+    checkpointing.set_num_layers(2)
+    assert configuration.options().num_checkpoints == 2
+    checkpointing.reset()
+
+
+def test_synchronize_and_profile_say_what_took_how_long(monkeypatch):
+    said = []
+    monkeypatch.setattr(recompute, "log_dist", said.append)
+    checkpointing.configure(None, synchronize=True, profile=True)
+    block = Block()
+    train(block, lambda x: checkpointing.checkpoint(block, x))
+    assert [line.split(": ")[1].split(" took")[0] for line in said] == ["forward", "recomputation"]
+
+
+def test_what_is_not_built_is_refused():
+    two_ranks = types.SimpleNamespace(get_model_parallel_world_size=lambda: 2)
+    with pytest.raises(NotImplementedError, match="partition_activations over model parallel ranks is not built yet"):
+        checkpointing.configure(two_ranks, partition_activations=True)
+    with pytest.raises(NotImplementedError, match="cpu_checkpointing"):
+        checkpointing.configure(None, checkpoint_in_cpu=True)
+    assert not checkpointing.is_configured()
+    with pytest.raises(ValueError, match="needs partition_activations"):
+        checkpointing.configure(None, contiguous_checkpointing=True)
+    with pytest.raises(ValueError, match="needs num_checkpoints"):
+        checkpointing.configure(None, contiguous_checkpointing=True, partition_activations=True)
+    checkpointing.configure(None, partition_activations=True)  # nothing to partition on one rank
+    checkpointing.partition_activations_in_checkpoint(False)
+    assert not configuration.options().partition_activations
+
+
+def test_tracker():
+    tracker = checkpointing.CudaRNGStatesTracker()
+    tracker.add("a", 1)
+    tracker.add("b", 2)
+    for again, message in ((("c", 1), "seed 1 is in use"), (("a", 3), "'a' exists already")):
+        with pytest.raises(RuntimeError, match=message):
+            tracker.add(*again)
+    with pytest.raises(RuntimeError, match="'z' is unknown"):
+        with tracker.fork("z"):
+            pass
+    device = get_accelerator().current_device_name()
+    usual = get_accelerator().get_rng_state()
+    with tracker.fork("a"):
+        first = torch.rand(2, device=device)
+    states = tracker.get_states()
+    with tracker.fork("a"):
+        second = torch.rand(2, device=device)
+    tracker.set_states(states)
+    with tracker.fork("a"):
+        assert torch.equal(second, torch.rand(2, device=device)) and not torch.equal(first, second)
+    assert torch.equal(usual, get_accelerator().get_rng_state())
+    tracker.reset()
+    assert tracker.get_states() == {}
+
+
+def test_model_parallel_seeds_differ_by_rank():
+    draws = []
+    for rank in (0, 1, 0):
+        checkpointing.configure(types.SimpleNamespace(get_model_parallel_rank=lambda: rank))
+        checkpointing.model_parallel_cuda_manual_seed(9)
+        common = torch.rand(2)
+        with checkpointing.get_cuda_rng_tracker().fork():
+            draws.append(torch.rand(2))
+        checkpointing.model_parallel_reconfigure_tp_seed(9)
+        with checkpointing.get_cuda_rng_tracker().fork():
+            assert torch.equal(torch.rand(2), draws[-1])
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1]) and not torch.equal(common, draws[0])
+
+
+def test_old_import_path_is_the_same_module():
+    from deepspeed.runtime.activation_checkpointing import checkpointing as old
+
+    assert old is checkpointing is deepspeed.checkpointing
+    assert issubclass(checkpointing.CheckpointFunction, torch.autograd.Function)
