@@ -10,6 +10,7 @@ Environment variables:
   DS_TORCH_PYTHON       interpreter whose torch to build against (default: found, see `_interpreters`)
   TORCH_CUDA_ARCH_LIST  as in torch (default "8.0;9.0+PTX")
   MAX_JOBS              parallel compilations
+  DS_BUILD_DIR          build directory, kept between builds (default: one per Python and torch version under build/)
   DS_CMAKE_ARGS         more arguments for cmake
 """
 
@@ -160,7 +161,7 @@ class CMakeBuild(build_ext):
             raise SystemExit("\ncmake >= 3.24 and ninja are needed: pip install cmake ninja\n")
         cuda = os.environ.get("DS_CUDA", "AUTO")
         tag = f"{sys.implementation.cache_tag}-torch{torch['version']}-cuda{cuda}"
-        build_dir = os.path.join(ROOT, "build", tag)
+        build_dir = os.path.abspath(os.path.join(ROOT, os.environ.get("DS_BUILD_DIR", os.path.join("build", tag))))
         output_dir = os.path.join(build_dir, "modules")
         os.makedirs(build_dir, exist_ok=True)
         configure = [
