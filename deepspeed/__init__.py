@@ -17,7 +17,7 @@ _EXPORTS = {
     # training
     **names("deepspeed.engine", "initialize", "DeepSpeedEngine", "DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"),
     **names("deepspeed.config", "DeepSpeedConfig", "DeepSpeedConfigError", "DeepSpeedConfigWriter"),
-    **names("deepspeed.runtime.base_optimizer", "DeepSpeedOptimizer", "ZeROOptimizer"),
+    **names("deepspeed.zero.optimizer", "DeepSpeedOptimizer", "ZeROOptimizer"),
     **names("deepspeed.data", "DeepSpeedDataLoader"),
     **names("deepspeed.schedules", "add_tuning_arguments"),
     **names("deepspeed._arguments", "add_config_arguments"),

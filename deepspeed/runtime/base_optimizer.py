@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import path users have; the code is in deepspeed.engine."""
+"""Import path users have; the code is in deepspeed.zero."""
 from deepspeed._lazy import attach, names
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    **names("deepspeed.engine", "DeepSpeedOptimizer", "ZeROOptimizer"),
+    **names("deepspeed.zero.optimizer", "DeepSpeedOptimizer", "ZeROOptimizer"),
 })

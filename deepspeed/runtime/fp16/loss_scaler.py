@@ -3,6 +3,6 @@
 from deepspeed._lazy import attach, names
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    **names("deepspeed.precision",
+    **names("deepspeed.precision.loss_scaler",
             "LossScaler", "DynamicLossScaler", "LossScalerBase", "LossScaleConfig", "LossScaleProfile", "CreateLossScaler"),
 })

@@ -3,7 +3,7 @@
 from deepspeed._lazy import attach, names
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    **names("deepspeed.zero", "DeepSpeedZeroOptimizer_Stage3"),
+    **names("deepspeed.zero.optimizer_kinds", "DeepSpeedZeroOptimizer_Stage3"),
     **names("deepspeed.zero.estimates",
             "estimate_zero3_model_states_mem_needs", "estimate_zero3_model_states_mem_needs_all_live",
             "estimate_zero3_model_states_mem_needs_all_cold"),
