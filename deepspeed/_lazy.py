@@ -50,7 +50,9 @@ def attach(package, exports, not_built=None):
     def __dir__():
         return sorted(set(exports) | set(sys.modules[package].__dict__))
 
-    return __getattr__, __dir__, sorted(exports)
+    __getattr__.exports = exports
+    # `from package import *` must not bring submodules: some are called torch, types or logging.
+    return __getattr__, __dir__, sorted(name for name, home in exports.items() if home != f"{package}.{name}")
 
 
 def alias(name, target):

@@ -9,8 +9,10 @@ git_hash = "unknown"
 git_branch = "unknown"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-__getattr__, __dir__, _ = attach(__name__, {
+__getattr__, __dir__, _lazy_names = attach(__name__, {
     "torch_info": "deepspeed._installation:torch_info",
     "accelerator_name": "deepspeed._installation:accelerator_name",
     "installed_ops": "deepspeed._installation:installed_ops",
 })
+
+__all__ = ["version", "git_hash", "git_branch", "HAS_TRITON", *_lazy_names]

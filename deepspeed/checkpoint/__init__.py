@@ -6,5 +6,4 @@ __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.checkpoint.clone", "clone_tensors_for_torch_save"),
     **names("deepspeed.checkpoint.directories", "ensure_directory_exists"),
     "utils": "deepspeed.checkpoint.utils",
-    "constants": "deepspeed.checkpoint.constants",
-}, dict.fromkeys(("ds_to_universal", "DeepSpeedCheckpoint"), "checkpoint conversion"))
+}, dict.fromkeys(("constants", "ds_to_universal", "DeepSpeedCheckpoint"), "checkpoint conversion"))

@@ -88,3 +88,10 @@ def test_add_config_arguments():
     assert args.deepspeed is True and args.deepspeed_config == "ds.json"
     assert args.deepscale is False and args.deepscale_config is None
     assert parser.parse_args([]).deepspeed is False
+
+
+def test_star_import_brings_no_submodules():
+    scope = {}
+    exec("from deepspeed.comm import *\nfrom deepspeed.utils.logging import *", scope)
+    assert scope["all_reduce"] is deepspeed.comm.all_reduce and scope["logger"] is deepspeed.logger
+    assert not {"torch", "utils", "config", "constants"} & set(scope)
