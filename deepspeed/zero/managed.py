@@ -160,6 +160,7 @@ class ManagedModel:
 
     def install_unit_hooks(self, plan, units):
         """Gathers units before the modules that use them run, and frees them after."""
+        self._reinstall = (plan, units)
         enter, leave = {}, {}
         modules = {}
         index_of = {id(p): unit for unit, u in zip(units, plan.units) for p in u.params}
@@ -211,6 +212,7 @@ class ManagedModel:
 
     def install_root_hooks(self, model):
         me = weakref.ref(self)
+        self._root = weakref.ref(model)
 
         def before(module, args):
             owner = me()
@@ -228,6 +230,12 @@ class ManagedModel:
         # In front of all other hooks of the root, and behind them; also when the forward raises.
         self._handles.append(model.register_forward_pre_hook(before, prepend=True))
         self._handles.append(model.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def reinstall_hooks(self):
+        """Puts the hooks back that a caller took off."""
+        plan, units = self._reinstall
+        self.install_unit_hooks(plan, units)
+        self.install_root_hooks(self._root())
 
     def remove_module_hooks(self):
         for handle in self._handles:

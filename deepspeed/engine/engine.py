@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: a model that trains as its configuration says. Thin: the work is in csrc/zero and deepspeed.zero."""
+import contextlib
+import gc
+import math
+
+import torch
+import torch.distributed as dist
+
+from deepspeed.comm import groups
+from deepspeed.device import get_accelerator
+from deepspeed.engine import arguments, build, optimizers
+from deepspeed.engine.accessors import ConfigAccessors
+from deepspeed.engine.batch import BatchSizes
+from deepspeed.engine.inputs import autocast_context, cast_positional
+from deepspeed.engine.join import Join
+from deepspeed.engine.layout import layout_of
+from deepspeed.engine.saving import CheckpointMethods
+from deepspeed.telemetry import logger
+from deepspeed.telemetry.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
+from deepspeed.zero.offload import DeepSpeedZeRoOffload
+
+_FORWARD, _BACKWARD, _STEP = "forward", "backward", "step"
+
+
+class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.Module):
+    """What initialize() returns. Call it like the model; then backward(loss) and step() for every micro-batch.
+
+    `module` is the caller's own model, whose parameters now live in the engine's buffers. Unknown attributes are looked up
+    on it.
+    """
+
+    def __init__(self, args=None, model=None, optimizer=None, model_parameters=None, training_data=None, lr_scheduler=None, mpu=None,
+                 collate_fn=None, config=None, raw_config=None):
+        super().__init__()
+        self._config = config
+        self.config = config.raw if config.raw is not None else raw_config
+        self.mpu = mpu
+        self.collate_fn = collate_fn
+        self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
+        self._place(args)
+        self._start_counters()
+        self._layout = layout_of(config, self.dp_world_size)
+        arguments.check_device(self.device, self.local_rank)
+        arguments.refuse_unbuilt(config, self.device)
+        if lr_scheduler is not None and not callable(lr_scheduler) and optimizer is None and config.optimizer.type is None:
+            raise AssertionError("initialize: a scheduler object was passed without an optimizer; pass the optimizer it was made for")
+        self.module = model
+        self._managed = None
+        self._build(model, optimizer, model_parameters)
+        self._make_scheduler(lr_scheduler)
+        self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+        if config.dump_state:
+            logger.warning(f"engine state: {self.dump_state()}")
+        if config.disable_python_gc:
+            gc.collect()
+            gc.disable()
+
+    # ---- construction
+
+    def _place(self, args):
+        accelerator = get_accelerator()
+        self.local_rank = arguments.local_rank_of(args)
+        self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cpu") if accelerator.device_name() == "cpu" else torch.device(accelerator.device_name(), self.local_rank)
+        if self.device.type == "cuda":
+            accelerator.set_device(self.local_rank)
+        if self.mpu is not None and hasattr(self.mpu, "get_data_parallel_group"):
+            groups.mpu = self.mpu
+            self.data_parallel_group = self.mpu.get_data_parallel_group()
+        else:
+            self.data_parallel_group = dist.group.WORLD
+        self.seq_data_parallel_group = self.data_parallel_group
+        self.dp_world_size = dist.get_world_size(self.data_parallel_group)
+        self.mp_world_size = self.mpu.get_model_parallel_world_size() if hasattr(self.mpu, "get_model_parallel_world_size") else 1
+
+    def _start_counters(self):
+        cfg = self._config
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.losses = None
+        self.optimizer = self.basic_optimizer = self.lr_scheduler = None
+        self.checkpoint_engine = self.monitor = self.flops_profiler = None
+        self.enable_backward_allreduce = True
+        self._boundary = None
+        self._step_applied = False
+        self._global_grad_norm = None
+        self._no_sync_depth = 0
+        self._gas = cfg.gradient_accumulation_steps
+        self._micro = cfg.train_micro_batch_size_per_gpu
+        self._comm_dtype = None
+        self._data_post_process = None
+        self._scaled = False
+        self._joining = None
+        self._compiled = False
+        self.timers = SynchronizedWallClockTimer() if cfg.wall_clock_breakdown else NoopTimer()
+        self.tput_timer = ThroughputTimer(cfg.timers.throughput, cfg.train_batch_size, steps_per_output=cfg.steps_per_print)
+
+    def _build(self, model, optimizer, model_parameters):
+        cfg, layout = self._config, self._layout
+        if cfg.log_level:
+            from deepspeed.telemetry import set_log_level_from_string
+            set_log_level_from_string(cfg.log_level)
+        self.param_names = {parameter: name for name, parameter in model.named_parameters()}
+        basic, from_client = optimizers.choose(cfg, model, optimizer, model_parameters)
+        stage = cfg.zero_optimization.stage
+        if basic is None:
+            if stage in (1, 2):
+                raise AssertionError(f"zero_optimization.stage {stage} shards the optimizer's state, but there is no optimizer: pass one to "
+                                     "initialize(), add an optimizer section, or use stage 0 or 3")
+            if layout.shard_params:
+                self._managed = build.manage(model, cfg, layout, self.device, self.data_parallel_group, trained=set())
+                self._managed.watch_backward(None)
+                self.optimizer = DeepSpeedZeRoOffload(model, self._managed)
+            else:
+                build.cast_only(model, layout, self.device)
+            build.cast_buffers(model, cfg)
+            return
+        trained = {id(p) for group in basic.param_groups for p in group["params"] if p.requires_grad}
+        if not trained:
+            raise ValueError("the optimizer has no parameter that requires a gradient")
+        self._managed = build.manage(model, cfg, layout, self.device, self.data_parallel_group, trained)
+        offload = DeepSpeedZeRoOffload(model, self._managed) if layout.shard_params else None
+        counter = _StepNumber(self)
+        self.basic_optimizer = basic
+        self.optimizer = build.connect(self._managed, layout, cfg, basic, counter, offload)
+        build.cast_buffers(model, cfg)
+        self._set_default_scale()
+
+    def _set_default_scale(self):
+        """A plain loss.backward(): the engine divides by the accumulation steps itself; fp16 needs engine.scale() first."""
+        reducer = self._managed.reducer
+        reducer.set_post_scale(self._layout.post_scale / self._gas)
+        fp16 = self._config.fp16.enabled
+        reducer.set_refusal("fp16: loss.backward() was called without loss scaling: use engine.backward(loss), or "
+                            "engine.scale(loss).backward()" if fp16 and not self._scaled else "")
+
+    def _make_scheduler(self, client):
+        if client is not None:
+            is_object = hasattr(client, "step")
+            self.lr_scheduler = client if is_object else client(self.basic_optimizer)
+        elif self.basic_optimizer is not None and self._config.scheduler.type is not None:
+            from deepspeed.schedules import build_scheduler
+            self.lr_scheduler = build_scheduler(self._config.scheduler, self.basic_optimizer)
+
+    # ---- forward, backward, step
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is not None and hasattr(module, name):
+                return getattr(module, name)
+            raise AttributeError(f"neither DeepSpeedEngine nor {type(module).__name__} has an attribute {name!r}") from None
+
+    def forward(self, *inputs, **kwargs):
+        """The module's own output."""
+        if self.training and self._joining is not None:
+            self._joining.announce()
+        if self._config.fp16.auto_cast and self._layout.compute_dtype is not None:
+            inputs = cast_positional(inputs, self._layout.compute_dtype)
+        self.timers(_FORWARD).start()
+        if self.training:
+            self.tput_timer.start()
+        with autocast_context(self._config.torch_autocast, self.device):
+            output = self.module(*inputs, **kwargs)
+        self.timers(_FORWARD).stop()
+        return output
+
+    def _check_loss(self, loss):
+        if not isinstance(self.optimizer, build.ShardedOptimizer):
+            raise AssertionError("backward: this engine has no optimizer: pass one to initialize() or add an optimizer section to the "
+                                 "configuration")
+        if not isinstance(loss, torch.Tensor):
+            raise AssertionError(f"backward: the loss must be a tensor, got {type(loss).__name__}: pass the loss, not the model's whole output")
+        if loss.numel() != 1 or loss.dim() > 1:
+            raise AssertionError(f"backward: the loss must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()")
+        if not loss.requires_grad:
+            raise AssertionError("backward: the loss does not require a gradient: was the forward run under torch.no_grad()?")
+
+    def backward(self, loss, retain_graph=False, scale_wrt_gas=True, **legacy):
+        """Gradients of the loss, reduced over the ranks and added to what has been accumulated.
+
+        The loss is divided by gradient_accumulation_steps unless scale_wrt_gas is False. Returns that loss, detached from
+        loss scaling.
+        """
+        self._check_loss(loss)
+        managed = self._managed
+        self.timers(_BACKWARD).start()
+        result = loss / self._gas if scale_wrt_gas and self._gas > 1 else loss
+        self.losses = result.detach()
+        scale = self.optimizer.loss_scale
+        managed.reducer.set_post_scale(self._layout.post_scale)
+        managed.reducer.set_refusal("")
+        managed.hooks.begin_manual()
+        try:
+            (result.float() * scale if scale != 1.0 else result).backward(retain_graph=retain_graph)
+            managed.hooks.end_backward()
+        except BaseException:
+            managed.hooks.abort_backward()
+            raise
+        finally:
+            self._set_default_scale()
+        self.timers(_BACKWARD).stop()
+        return result
+
+    def scale(self, loss):
+        """The loss times the fp16 loss scale, for a plain `.backward()` of one's own."""
+        self._check_loss(loss)
+        self._scaled = True
+        self._managed.reducer.set_refusal("")
+        return loss * self.optimizer.loss_scale
+
+    def is_gradient_accumulation_boundary(self):
+        """Whether step() will update the parameters after this micro-batch."""
+        if not self._config.managed_gradient_accumulation:
+            return True
+        if self._boundary is not None:
+            return self._boundary
+        return (self.micro_steps + 1) % self._gas == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        """From now on the caller says which micro-batch is the last one before an update."""
+        if not self._config.managed_gradient_accumulation:
+            raise AssertionError("set_gradient_accumulation_boundary: managed_gradient_accumulation is false, every step() is a boundary")
+        self._boundary = bool(is_boundary)
+
+    def step(self, lr_kwargs=None):
+        """At a boundary: clips, updates, refreshes the parameters, steps the scheduler. Otherwise only counts."""
+        if self._no_sync_depth:
+            raise AssertionError("step: called inside no_sync()")
+        if not isinstance(self.optimizer, build.ShardedOptimizer):
+            raise AssertionError("step: this engine has no optimizer")
+        self.timers(_STEP).start()
+        boundary = self.is_gradient_accumulation_boundary()
+        self._step_applied = False
+        if boundary:
+            self._managed.store.set_step(self.global_steps)
+            self.optimizer.step()
+            self._after_update(lr_kwargs)
+        self._scaled = False
+        self._set_default_scale()
+        self.micro_steps += 1
+        self.tput_timer.stop(global_step=boundary)
+        self.timers(_STEP).stop()
+        if boundary:
+            self._report()
+
+    def _after_update(self, lr_kwargs):
+        self._global_grad_norm = self.optimizer.get_global_norm()
+        if self.optimizer.overflow:
+            self.skipped_steps += 1
+        else:
+            self._step_applied = True
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+
+    def _report(self):
+        every = self._config.steps_per_print
+        if every and not math.isinf(every) and self.global_steps % int(every) == 0 and self.global_rank == 0:
+            norm = self._global_grad_norm
+            logger.warning(f"step {self.global_steps}: lr {self.get_lr()}, gradient norm {norm if norm is None else round(norm, 4)}, "
+                           f"skipped {self.skipped_steps}, loss scale {self.optimizer.loss_scale:g}")
+        if self._config.wall_clock_breakdown and self.global_rank == 0:
+            self.timers.log([_FORWARD, _BACKWARD, _STEP], memory_breakdown=self._config.memory_breakdown)
+
+    def was_step_applied(self):
+        """Whether the last step() updated the parameters."""
+        return self._step_applied
+
+    def get_global_grad_norm(self):
+        """The global gradient norm of the last step, before clipping; None before the first."""
+        return self._global_grad_norm
+
+    def zero_grad(self, set_to_none=True):
+        """Forgets gradients: those accumulated by the engine, and any on parameters it does not train."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        if self._managed is not None and self._managed.reducer is not None:
+            self._managed.reducer.zero()
+
+    # ---- when gradients are reduced
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Micro-batches whose gradients need not be reduced yet. Stages 0 and 1 keep them whole until the next reduction outside;
+        stages 2 and 3, which never hold whole gradients, reduce as always."""
+        with self._deferred():
+            self._no_sync_depth += 1
+            try:
+                yield
+            finally:
+                self._no_sync_depth -= 1
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self):
+        """Several backwards, one reduction when the block ends (whole gradients are held meanwhile)."""
+        with self._deferred(force=True) as outermost:
+            yield
+        if outermost:
+            self._managed.reducer.flush_carry()
+
+    @contextlib.contextmanager
+    def _deferred(self, force=False):
+        reducer = self._managed.reducer if self._managed is not None else None
+        if reducer is None or reducer.deferred or not (force or self._layout.defer_in_no_sync):
+            yield False
+            return
+        reducer.set_deferred(True)
+        try:
+            yield True
+        finally:
+            reducer.set_deferred(False)
+
+    def allreduce_gradients(self, bucket_size=None):
+        """Gradients are reduced during backward; this only finishes what a no_sync() block has left over."""
+        if self._managed is not None and self._managed.reducer is not None and self._managed.reducer.has_carry():
+            self._managed.reducer.flush_carry()
+
+    buffered_allreduce_fallback = allreduce_gradients
+
+    def join(self):
+        """Context for loops whose ranks have different numbers of batches: a rank that is done keeps taking part with zeros."""
+        return Join(self)
+
+    # ---- mode, data, life
+
+    def train(self, mode=True):
+        super().train(mode)
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    def deepspeed_io(self, dataset, batch_size=None, route="train", pin_memory=True, data_sampler=None, collate_fn=None,
+                     num_local_io_workers=None):
+        """A data loader over this rank's share of the dataset, in micro-batches."""
+        from deepspeed.data import DeepSpeedDataLoader
+        loader = DeepSpeedDataLoader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), pin_memory=pin_memory,
+                                     local_rank=self.local_rank, tput_timer=self.tput_timer if route == "train" else None,
+                                     collate_fn=collate_fn or self.collate_fn, num_local_io_workers=num_local_io_workers,
+                                     data_sampler=data_sampler, data_parallel_world_size=self.dp_world_size,
+                                     data_parallel_rank=dist.get_rank(self.data_parallel_group),
+                                     dataloader_drop_last=self._config.dataloader_drop_last)
+        loader.post_process_func = self._data_post_process
+        return loader
+
+    def set_data_post_process_func(self, function):
+        self._data_post_process = function
+        if self.training_dataloader is not None:
+            self.training_dataloader.post_process_func = function
+
+    def compile(self, backend=None, compile_kwargs=None, schedule=None, compiled_autograd_enabled=False):
+        """Compiles the module in place with torch.compile."""
+        if schedule is not None or compiled_autograd_enabled:
+            raise NotImplementedError("compile: schedules of passes and compiled autograd are not built yet; call compile() without them")
+        self.module.compile(backend=backend or get_accelerator().get_compile_backend(), **(compile_kwargs or {}))
+        self._compiled = True
+
+    @property
+    def is_compiled(self):
+        return self._compiled
+
+    def empty_partition_cache(self):
+        """Frees gathered units and the memory kept for gathering."""
+        if self._managed is not None:
+            self._managed.store.release_all()
+            self._managed.store.trim_pool()
+
+    def collect_python_gc(self):
+        gc.collect()
+
+    def destroy(self):
+        """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 lose their values."""
+        if isinstance(self.optimizer, build.ShardedOptimizer):
+            self.optimizer.destroy()
+        if self._managed is not None:
+            self._managed.close()
+        self.optimizer = self.basic_optimizer = self.lr_scheduler = self.client_optimizer = self.client_lr_scheduler = None
+        self.param_names = {}
+        self._managed = None
+
+    def dump_state(self):
+        return {name: str(value)[:200] for name, value in sorted(self.__dict__.items()) if not name.startswith("_")}
+
+
+class _StepNumber:
+    """Reads the engine's step without holding the engine."""
+
+    def __init__(self, engine):
+        import weakref
+        self._engine = weakref.ref(engine)
+
+    def __call__(self):
+        engine = self._engine()
+        return engine.global_steps if engine is not None else -1
