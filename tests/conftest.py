@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes `from tests.parity.launch import on_ranks` work from every test, whatever directory pytest is started in."""
+import os
 import sys
 from pathlib import Path
+
+# Before torch is imported: the models are tiny, and two OpenMP threads that wait for each other on a busy machine take seconds
+# for what one does in milliseconds. It also fixes the order of sums.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:

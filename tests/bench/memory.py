@@ -61,7 +61,7 @@ def measure(args, contenders):
             watches.setdefault(contender.name, []).append(PssWatch(pids))
             return watches[contender.name][-1]
 
-        results = running.alternate(args, contenders, [*options, "--steps", "2", "--reference", reference, "--pid-file", pids], watch_for)
+        results = running.alternate(args, contenders, [*options, "--steps", "1", "--reference", reference, "--pid-file", pids], watch_for)
     results["peak_pss_sum_bytes"] = {name: max(w.peak for w in all_of_it) for name, all_of_it in watches.items()}
     argv = [args.python, str(running.HERE / "train_step.py"), "--activations", *options]
     results["model"] = running.execute(argv, running.environment(args, "loop"), args.timeout)
