@@ -106,7 +106,7 @@ struct Arrays {
 };
 
 template <class Update, class G, class Low>
-HWY_INLINE void update_vector(const Update& update, V scale, const Arrays<G, Low>& a, int64_t i) {
+HWY_INLINE V update_vector(const Update& update, V scale, const Arrays<G, Low>& a, int64_t i) {
   const V g = hn::Mul(load_as(G{}, a.g + i), scale);
   V p = load_as(F32{}, a.p + i);
   V s0 = Update::kStates > 0 ? load_as(F32{}, a.states[0] + i) : set(0.0f);
@@ -115,21 +115,30 @@ HWY_INLINE void update_vector(const Update& update, V scale, const Arrays<G, Low
   store_as(F32{}, p, a.p + i);
   if (Update::kStates > 0) store_as(F32{}, s0, a.states[0] + i);
   if (Update::kStates > 1) store_as(F32{}, s1, a.states[1] + i);
-  if constexpr (!std::is_same_v<Low, None>) store_as(Low{}, p, a.low + i);
+  return p;
+}
+
+constexpr int64_t kPair = 2 * kLanes;
+
+template <class Update, class G, class Low>
+HWY_INLINE void update_pair(const Update& update, V scale, const Arrays<G, Low>& a, int64_t i) {
+  const V first = update_vector(update, scale, a, i);
+  const V second = update_vector(update, scale, a, i + kLanes);
+  if constexpr (!std::is_same_v<Low, None>) store_pair_as(Low{}, first, second, a.low + i);
 }
 
 // The last elements go through the same vector code, in copies, so that an element's bits do not depend on its place.
 template <class Update, class G, class Low>
 void update_tail(const Update& update, V scale, const Arrays<G, Low>& a, int64_t begin, size_t count) {
-  float p[kLanes] = {}, s0[kLanes] = {}, s1[kLanes] = {};
-  typename G::Raw g[kLanes] = {};
-  typename Low::Raw low[kLanes];
+  float p[kPair] = {}, s0[kPair] = {}, s1[kPair] = {};
+  typename G::Raw g[kPair] = {};
+  typename Low::Raw low[kPair];
   const size_t bytes = count * sizeof(float);
   std::memcpy(p, a.p + begin, bytes);
   std::memcpy(g, a.g + begin, count * sizeof(g[0]));
   if (Update::kStates > 0) std::memcpy(s0, a.states[0] + begin, bytes);
   if (Update::kStates > 1) std::memcpy(s1, a.states[1] + begin, bytes);
-  update_vector(update, scale, Arrays<G, Low>{p, g, {s0, s1}, low}, 0);
+  update_pair(update, scale, Arrays<G, Low>{p, g, {s0, s1}, low}, 0);
   std::memcpy(a.p + begin, p, bytes);
   if (Update::kStates > 0) std::memcpy(a.states[0] + begin, s0, bytes);
   if (Update::kStates > 1) std::memcpy(a.states[1] + begin, s1, bytes);
@@ -137,11 +146,12 @@ void update_tail(const Update& update, V scale, const Arrays<G, Low>& a, int64_t
 }
 
 template <class Update, class G, class Low>
-void update_loop(const Update& update, float grad_scale, const Arrays<G, Low>& arrays, int64_t n) {
+void update_loop(const Update& constants, float grad_scale, const Arrays<G, Low>& arrays, int64_t n) {
+  const Update update = constants;  // local, or every store to an array would make the compiler load them again
   const Arrays<G, Low> a = arrays;
   const V scale = set(grad_scale);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) update_vector(update, scale, a, i);
+  for (; i + kPair <= n; i += kPair) update_pair(update, scale, a, i);
   if (i < n) update_tail(update, scale, a, i, static_cast<size_t>(n - i));
 }
 

@@ -106,7 +106,10 @@ template <class To, class From>
 void copy_loop(To to, typename To::Raw* dst, From from, const typename From::Raw* src, float factor, int64_t n) {
   const V scale = hn::Set(FloatTag(), factor);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_as(to, hn::Mul(load_as(from, src + i), scale), dst + i);
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const V a = hn::Mul(load_as(from, src + i), scale);
+    store_pair_as(to, a, hn::Mul(load_as(from, src + i + kLanes), scale), dst + i);
+  }
   for (; i < n; ++i) dst[i] = To::store(From::load(src[i]) * factor);
 }
 
