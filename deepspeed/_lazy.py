@@ -63,6 +63,36 @@ def alias(name, target):
     sys.modules[name] = importlib.import_module(target)
 
 
+def mirror(name, target):
+    """Makes module `name` show what module `target` has and pass on what is set or deleted, beside its own lazy names.
+
+    For callers that replace a function there and expect the library to call theirs.
+    """
+
+    class Mirror(types.ModuleType):
+        def __getattribute__(self, attribute):
+            if not _is_dunder(attribute):
+                home = importlib.import_module(target)
+                if hasattr(home, attribute):
+                    return getattr(home, attribute)
+            return super().__getattribute__(attribute)
+
+        def __setattr__(self, attribute, value):
+            if _is_dunder(attribute) or isinstance(value, types.ModuleType):
+                super().__setattr__(attribute, value)
+            else:
+                setattr(importlib.import_module(target), attribute, value)
+
+        def __delattr__(self, attribute):
+            delattr(importlib.import_module(target), attribute)
+
+    sys.modules[name].__class__ = Mirror
+
+
+def _is_dunder(name):
+    return name.startswith("__") and name.endswith("__")
+
+
 def make_callable(name, attribute):
     """Makes module `name` callable as its own `attribute`, for a name that has always been both a module and a function."""
 

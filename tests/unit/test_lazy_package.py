@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`import deepspeed` is cheap, silent and free of torch; names arrive on first access; what is not built says so."""
+import importlib
 import os
 import subprocess
 import sys
@@ -95,3 +96,50 @@ def test_star_import_brings_no_submodules():
     exec("from deepspeed.comm import *\nfrom deepspeed.utils.logging import *", scope)
     assert scope["all_reduce"] is deepspeed.comm.all_reduce and scope["logger"] is deepspeed.logger
     assert not {"torch", "utils", "config", "constants"} & set(scope)
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A package with a home module, and a facade that mirrors it beside a lazy name of another home."""
+    package = tmp_path / "room_for_tests"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "home.py").write_text("def helper(): return 'first'\ndef work(): return helper()\n")
+    (package / "other.py").write_text("elsewhere = 5\n")
+    (package / "facade.py").write_text(
+        "from deepspeed._lazy import attach, mirror, names\n"
+        "__getattr__, __dir__, __all__ = attach(__name__, {**names('room_for_tests.home', 'helper', 'work'),\n"
+        "                                                  **names('room_for_tests.other', 'elsewhere')})\n"
+        "mirror(__name__, 'room_for_tests.home')\n")
+    (package / "both.py").write_text(
+        "from deepspeed._lazy import make_callable\ndef both(x): return x + 1\nmake_callable(__name__, 'both')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("room_for_tests")
+    for name in [name for name in sys.modules if name.startswith("room_for_tests")]:
+        del sys.modules[name]
+
+
+def test_what_is_replaced_on_a_mirror_is_what_the_library_calls(room):
+    from unittest import mock
+
+    from room_for_tests import facade, home
+
+    assert facade.work() == "first" and facade.elsewhere == 5 and facade.__name__ == "room_for_tests.facade"
+    facade.helper = lambda: "second"
+    assert home.work() == "second" and facade.helper is home.helper
+    with mock.patch.object(facade, "helper", lambda: "third"):
+        assert home.work() == "third"
+    assert home.work() == "second"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        facade.nothing
+
+
+def test_a_name_that_is_module_and_function(room):
+    from room_for_tests import both
+    from room_for_tests.both import both as function
+
+    assert both(1) == function(1) == 2
+    from deepspeed.utils import z3_leaf_module  # function or module, by what was imported before: callable either way
+    import deepspeed.utils.z3_leaf_module  # noqa: F401
+
+    assert z3_leaf_module(object()) is False and deepspeed.utils.z3_leaf_module(object()) is False
