@@ -48,7 +48,7 @@ HWY_INLINE void store_as(BF16, V v, uint16_t* p) {
   const auto high = hn::ShiftRight<16>(u);
   const auto odd = hn::And(high, hn::Set(du32, 1));
   const auto rounded = hn::ShiftRight<16>(hn::Add(u, hn::Add(odd, hn::Set(du32, 0x7fff))));
-  const auto nan = hn::RebindMask(du32, hn::Ne(v, v));
+  const auto nan = hn::RebindMask(du32, hn::IsNaN(v));
   store_low_halves(hn::IfThenElse(nan, hn::Or(high, hn::Set(du32, 0x40)), rounded), p);
 }
 
