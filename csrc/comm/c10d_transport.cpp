@@ -5,6 +5,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <cstring>
+#include <thread>
 
 #include "comm/checks.h"
 #include "comm/combine.h"
@@ -18,7 +19,7 @@ constexpr auto kSlice = std::chrono::milliseconds(100);
 
 at::TensorOptions bytes_on(at::Device device) { return at::TensorOptions().dtype(at::kByte).device(device); }
 
-// c10d's wait(timeout) throws both at the end of the slice and on failure; is_complete tells which.
+// c10d's wait(timeout) throws both at the end of the slice and on failure; isCompleted tells which.
 bool wait_slice(c10d::Work& work) {
   try {
     work.wait(kSlice);
@@ -74,12 +75,18 @@ void C10dTransport::await(c10d::Work& work, int64_t seq) {
     ledger_->end(seq, CollectiveState::Failed);
     throw;
   } catch (const c10::Error& error) {
-    ledger_->end(seq, CollectiveState::Failed);
-    DS_FAIL(stall_text(seq) << " failed: " << error.what_without_backtrace());
+    carrier_failed(seq, error.what_without_backtrace());
   } catch (const std::runtime_error& error) {
-    ledger_->end(seq, CollectiveState::Failed);
-    DS_FAIL(stall_text(seq) << " failed: " << error.what());
+    carrier_failed(seq, error.what());
   }
+}
+
+void C10dTransport::carrier_failed(int64_t seq, const std::string& text) {
+  ledger_->end(seq, CollectiveState::Failed);
+  // A dying process closes its connections before it is seen to be dead.
+  std::string dead;
+  for (int i = 0; i < 50 && (dead = first_dead(peers_, rank_)).empty(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  DS_FAIL(stall_text(seq) << " failed: " << text);
 }
 
 void C10dTransport::gather_host(const void* mine, size_t bytes, void* out, int64_t seq) {

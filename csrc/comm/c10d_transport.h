@@ -33,6 +33,7 @@ class C10dTransport : public Transport {
                 std::vector<Peer> peers, const Options& options);
   void gather_host(const void* mine, size_t bytes, void* out, int64_t seq);
   std::string stall_text(int64_t seq);
+  [[noreturn]] void carrier_failed(int64_t seq, const std::string& text);  // names the dead rank, too, if one died
 
   // Recursive: a sink may call test() on other works.
   std::recursive_mutex mutex_;

@@ -49,7 +49,7 @@ class GlooReduce : public ReduceWork {
   bool drained() override { return test(); }  // complete means sent
   void wait_drained() override { wait(); }
 
-  std::shared_ptr<GlooTransport> transport;  // reset when done
+  std::weak_ptr<GlooTransport> transport;  // weak: the transport's queues hold its works
   C10dWork work;
   at::Tensor received;
   std::shared_ptr<SymmetricBuffer> bucket;
@@ -179,7 +179,6 @@ class GlooTransport : public C10dTransport {
     head.work.reset();
     head.bucket.reset();
     head.sink = nullptr;
-    head.transport.reset();
   }
 
   // The smallest pooled tensor that is large enough, cut to size.
@@ -232,18 +231,17 @@ void GlooGather::finish() {
 }
 
 bool GlooReduce::test() {
-  if (!done) {
-    auto keep = transport;
-    keep->advance(channel, nullptr);
-  }
+  if (done) return true;
+  if (auto keep = transport.lock()) keep->advance(channel, nullptr);
   return done;
 }
 
 void GlooReduce::wait() {
-  if (!done) {
-    auto keep = transport;
-    keep->advance(channel, this);
-  }
+  if (done) return;
+  auto keep = transport.lock();
+  DS_CHECK(keep, "reduce_scatter: its transport was destroyed before it completed");
+  keep->advance(channel, this);
+  DS_CHECK(done, "reduce_scatter: a sink must not wait for a reduction");
 }
 
 }  // namespace

@@ -156,8 +156,7 @@ class NcclTransport : public C10dTransport {
     try {
       if (auto work = call()) work->wait();
     } catch (const c10::Error& error) {
-      ledger_->end(seq, CollectiveState::Failed);
-      DS_FAIL(stall_text(seq) << " failed: " << error.what_without_backtrace());
+      carrier_failed(seq, error.what_without_backtrace());
     }
   }
 
