@@ -15,8 +15,7 @@ _MODULES = ("accelerator", "checkpoint", "checkpointing", "comm", "config", "con
 _EXPORTS = {
     **{name: f"deepspeed.{name}" for name in _MODULES},
     # training
-    **names("deepspeed.engine.initialize", "initialize"),
-    **names("deepspeed.engine", "DeepSpeedEngine", "DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"),
+    **names("deepspeed.engine", "initialize", "DeepSpeedEngine", "DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"),
     **names("deepspeed.config", "DeepSpeedConfig", "DeepSpeedConfigError", "DeepSpeedConfigWriter"),
     **names("deepspeed.zero.optimizer", "DeepSpeedOptimizer", "ZeROOptimizer"),
     **names("deepspeed.data", "DeepSpeedDataLoader"),

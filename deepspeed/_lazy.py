@@ -50,6 +50,17 @@ def attach(package, exports, not_built=None):
     def __dir__():
         return sorted(set(exports) | set(sys.modules[package].__dict__))
 
+    class Package(types.ModuleType):
+        """Note [A name for a module and a function]: importing a submodule sets it on its package, over a function of the same
+        name (`initialize` in initialize.py, say). The function stays; the module is reached by import."""
+
+        def __setattr__(self, name, value):
+            home = exports.get(name, "")
+            if ":" in home and isinstance(value, types.ModuleType) and value.__name__ == f"{package}.{name}":
+                value = resolve(package, name, home)
+            super().__setattr__(name, value)
+
+    sys.modules[package].__class__ = Package
     __getattr__.exports = exports
     # `from package import *` must not bring submodules: some are called torch, types or logging.
     return __getattr__, __dir__, sorted(name for name, home in exports.items() if home != f"{package}.{name}")
@@ -91,16 +102,6 @@ def mirror(name, target):
 
 def _is_dunder(name):
     return name.startswith("__") and name.endswith("__")
-
-
-def make_callable(name, attribute):
-    """Makes module `name` callable as its own `attribute`, for a name that has always been both a module and a function."""
-
-    class Callable(types.ModuleType):
-        def __call__(self, *args, **kwargs):
-            return getattr(self, attribute)(*args, **kwargs)
-
-    sys.modules[name].__class__ = Callable
 
 
 def not_built_message(name, subject):

@@ -5,7 +5,7 @@ from deepspeed._lazy import attach
 __getattr__, __dir__, __all__ = attach(__name__, {
     **{name: f"deepspeed.runtime.{name}"
        for name in ("activation_checkpointing", "base_optimizer", "bf16_optimizer", "compiler", "config", "config_utils",
-                    "constants", "dataloader", "engine", "fp16", "lr_schedules", "torch_autocast", "utils", "zero")},
+                    "constants", "dataloader", "engine", "fp16", "lr_schedules", "utils", "zero")},
 }, {
     **dict.fromkeys(("pipe",), "pipeline parallelism"),
     **dict.fromkeys(("sequence_parallel", "domino", "chunked_cross_entropy"), "sequence parallelism"),
@@ -16,4 +16,5 @@ __getattr__, __dir__, __all__ = attach(__name__, {
     **dict.fromkeys(("comm",), "1-bit communication"),
     **dict.fromkeys(("zenflow", "superoffload"), "ZenFlow and SuperOffload"),
     **dict.fromkeys(("swap_tensor",), "file offload"),
+    **dict.fromkeys(("torch_autocast",), "the helpers that inspect torch_autocast"),
 })

@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.zero.fragments", "tensor_fragment", "fragment_address"),
     **{name: f"deepspeed.utils.{name}"
        for name in ("bwc", "comms_logging", "debug", "exceptions", "groups", "init_on_device", "logging", "numa", "nvtx",
-                    "tensor_fragment", "timer", "torch", "types", "z3_leaf_module")},
+                    "timer", "torch", "types")},
 }, {
     **dict.fromkeys(("zero_to_fp32", "zero_to_torch"), "checkpoint conversion"),
 })

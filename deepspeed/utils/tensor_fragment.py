@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Import path users have; the code is in deepspeed.zero."""
-from deepspeed._lazy import attach, make_callable, names
+from deepspeed._lazy import attach, names
 
 __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.zero.fragments", "tensor_fragment", "fragment_address"),
@@ -10,4 +10,3 @@ __getattr__, __dir__, __all__ = attach(__name__, {
             "safe_set_local_fp32_param", "safe_get_local_grad", "safe_set_local_grad", "safe_get_local_optimizer_state",
             "safe_set_local_optimizer_state", "safe_update_full_grad_vectorized"),
 })
-make_callable(__name__, "tensor_fragment")

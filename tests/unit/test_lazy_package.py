@@ -111,8 +111,11 @@ def room(tmp_path, monkeypatch):
         "__getattr__, __dir__, __all__ = attach(__name__, {**names('room_for_tests.home', 'helper', 'work'),\n"
         "                                                  **names('room_for_tests.other', 'elsewhere')})\n"
         "mirror(__name__, 'room_for_tests.home')\n")
-    (package / "both.py").write_text(
-        "from deepspeed._lazy import make_callable\ndef both(x): return x + 1\nmake_callable(__name__, 'both')\n")
+    (package / "inner").mkdir()
+    (package / "inner" / "__init__.py").write_text(
+        "from deepspeed._lazy import attach, names\n"
+        "__getattr__, __dir__, __all__ = attach(__name__, names('room_for_tests.inner.both', 'both'))\n")
+    (package / "inner" / "both.py").write_text("def both(x): return x + 1\nmore = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("room_for_tests")
     for name in [name for name in sys.modules if name.startswith("room_for_tests")]:
@@ -135,11 +138,14 @@ def test_what_is_replaced_on_a_mirror_is_what_the_library_calls(room):
 
 
 def test_a_name_that_is_module_and_function(room):
-    from room_for_tests import both
-    from room_for_tests.both import both as function
+    from room_for_tests.inner.both import both as by_module, more
+    from room_for_tests.inner import both
 
-    assert both(1) == function(1) == 2
-    from deepspeed.utils import z3_leaf_module  # function or module, by what was imported before: callable either way
+    assert both is by_module and both(1) == 2 and more == 3
+    import deepspeed.utils.tensor_fragment
     import deepspeed.utils.z3_leaf_module  # noqa: F401
 
-    assert z3_leaf_module(object()) is False and deepspeed.utils.z3_leaf_module(object()) is False
+    assert deepspeed.utils.z3_leaf_module(object()) is False and isinstance(deepspeed.utils.tensor_fragment, type)
+    from deepspeed.utils.z3_leaf_module import set_z3_leaf_modules
+
+    assert set_z3_leaf_modules is deepspeed.utils.set_z3_leaf_modules
