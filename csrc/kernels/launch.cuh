@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one launch helper: every kernel starts through `launch`, which checks that it did. And four elements at a time:
+// loads and stores of a thread's consecutive elements in the storage formats of dispatch.h.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+
+#include "kernels/dispatch.h"
+
+namespace ds::kernels::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kPerThread = 4;
+
+inline void check(cudaError_t status, const char* what) {
+  DS_CHECK(status == cudaSuccess, what << ": " << cudaGetErrorName(status) << ", " << cudaGetErrorString(status));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream,
+            Arguments&&... arguments) {
+  DS_CHECK(blocks > 0 && blocks <= std::numeric_limits<int>::max(), name << ": cannot launch " << blocks << " blocks");
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(std::forward<Arguments>(arguments)...);
+  check(cudaGetLastError(), name);
+}
+
+// Blocks so that each thread has one group of kPerThread elements.
+inline int64_t blocks_for(int64_t n) {
+  constexpr int64_t kBlock = int64_t{kThreads} * kPerThread;
+  return n / kBlock + (n % kBlock != 0);
+}
+
+// Whether groups of four elements may be moved as one word: 16-byte alignment does for every format.
+inline bool aligned(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+}
+
+__device__ __forceinline__ float to_float(F32, float x) { return x; }
+__device__ __forceinline__ float to_float(BF16, uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+__device__ __forceinline__ float to_float(F16, uint16_t x) { return __half2float(__ushort_as_half(x)); }
+__device__ __forceinline__ float from_float(F32, float x) { return x; }
+__device__ __forceinline__ uint16_t from_float(BF16, float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ uint16_t from_float(F16, float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+// Elements [i, i + count) of an array, count <= kPerThread; `whole`: count is kPerThread and the address is aligned.
+struct Group {
+  int64_t i;
+  int count;
+  bool whole;
+};
+
+__device__ __forceinline__ Group group_at(int64_t i, int64_t n, bool is_aligned) {
+  const int64_t left = n - i;
+  const int count = left < kPerThread ? static_cast<int>(left) : kPerThread;
+  return {i, count, is_aligned && count == kPerThread};
+}
+
+template <class T>
+__device__ __forceinline__ void load(T tag, const typename T::Raw* p, const Group& at, float (&x)[kPerThread]) {
+  struct alignas(sizeof(typename T::Raw) * kPerThread) Word {
+    typename T::Raw raw[kPerThread];
+  };
+  if (at.whole) {
+    const Word word = *reinterpret_cast<const Word*>(p + at.i);
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) x[k] = to_float(tag, word.raw[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) x[k] = k < at.count ? to_float(tag, p[at.i + k]) : 0.0f;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store(T tag, const float (&x)[kPerThread], typename T::Raw* p, const Group& at) {
+  struct alignas(sizeof(typename T::Raw) * kPerThread) Word {
+    typename T::Raw raw[kPerThread];
+  };
+  if (at.whole) {
+    Word word;
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) word.raw[k] = from_float(tag, x[k]);
+    *reinterpret_cast<Word*>(p + at.i) = word;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      if (k < at.count) p[at.i + k] = from_float(tag, x[k]);
+    }
+  }
+}
+__device__ __forceinline__ void store(None, const float (&)[kPerThread], uint8_t*, const Group&) {}
+
+// Sum over the block in a fixed order; the result is in thread 0. Call from every thread.
+__device__ __forceinline__ double block_sum(double x) {
+  __shared__ double warps[kThreads / 32];
+  for (int apart = 16; apart > 0; apart /= 2) x += __shfl_down_sync(0xffffffffu, x, apart);
+  __syncthreads();  // the array may still be read by the previous call
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kThreads / 32; ++w) x += warps[w];
+  }
+  return x;
+}
+
+// Two sums of a whole array: every block leaves its part in the workspace, one block joins them in order. The grid
+// depends on n alone, so the bits repeat on any GPU.
+constexpr int kMaxPartials = 1024;
+struct Partials {
+  double first[kMaxPartials];
+  double second[kMaxPartials];
+};
+
+inline int64_t partial_blocks(int64_t n) { return std::min<int64_t>(kMaxPartials, std::max<int64_t>(1, blocks_for(n))); }
+
+__device__ __forceinline__ void leave_partials(double first, double second, Partials* partials) {
+  first = block_sum(first);
+  second = block_sum(second);
+  if (threadIdx.x == 0) {
+    partials->first[blockIdx.x] = first;
+    partials->second[blockIdx.x] = second;
+  }
+}
+
+// out[0..1] = (or +=, if `add`) the sums of `count` partials.
+static __global__ void join_partials(const Partials* partials, int count, bool add, double* out) {
+  double first = 0.0, second = 0.0;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    first += partials->first[i];
+    second += partials->second[i];
+  }
+  first = block_sum(first);
+  second = block_sum(second);
+  if (threadIdx.x == 0) {
+    out[0] = add ? out[0] + first : first;
+    out[1] = add ? out[1] + second : second;
+  }
+}
+
+}  // namespace ds::kernels::cuda
