@@ -28,8 +28,23 @@ const char* type_word(const Json& value) {
 
 }  // namespace
 
+std::string printable(const std::string& text) {
+  std::string result = text;
+  for (char& c : result) {
+    if ((static_cast<unsigned char>(c) < 0x20 && c != '\n') || c == 0x7F) c = '?';
+  }
+  return result;
+}
+
+std::string shortened(const std::string& text, size_t bytes) {
+  if (text.size() <= bytes) return text;
+  size_t cut = bytes - 3;
+  while (cut > 0 && (static_cast<unsigned char>(text[cut]) & 0xC0) == 0x80) --cut;
+  return text.substr(0, cut) + "...";
+}
+
 void Findings::problem(const std::string& path, const std::string& text) {
-  problems_.push_back(path.empty() ? text : path + ": " + text);
+  problems_.push_back(printable(path.empty() ? text : path + ": " + text));
 }
 
 void Findings::throw_if_any(const std::string& source) const {
@@ -53,15 +68,10 @@ std::string show(const Json& value) {
     const double number = value.get<double>();
     return std::isnan(number) ? "NaN" : number > 0 ? "Infinity" : "-Infinity";
   }
-  std::string text = value.is_structured() && value.size() > kMaxShown
+  const std::string text = value.is_structured() && value.size() > kMaxShown
                          ? std::string(value.is_array() ? "[...]" : "{...}")
                          : value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  if (text.size() > kMaxShown) {
-    size_t cut = kMaxShown - 3;
-    while (cut > 0 && (static_cast<unsigned char>(text[cut]) & 0xC0) == 0x80) --cut;  // not inside a UTF-8 character
-    text = text.substr(0, cut) + "...";
-  }
-  return text;
+  return shortened(text, kMaxShown);
 }
 
 std::string show_typed(const Json& value) {

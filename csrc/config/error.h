@@ -20,12 +20,15 @@ struct Remark {
   std::string text;
 };
 
+std::string printable(const std::string& text);                // control characters other than line ends become "?"
+std::string shortened(const std::string& text, size_t bytes);  // cut between UTF-8 characters
+
 // Collects what is wrong so that the user mends a file once, not line by line.
 class Findings {
  public:
   void problem(const std::string& path, const std::string& text);
-  void warn(const std::string& text) { remarks_.push_back({Remark::Level::Warning, text}); }
-  void note(const std::string& text) { remarks_.push_back({Remark::Level::Info, text}); }
+  void warn(const std::string& text) { remarks_.push_back({Remark::Level::Warning, printable(text)}); }
+  void note(const std::string& text) { remarks_.push_back({Remark::Level::Info, printable(text)}); }
   bool clean() const { return problems_.empty(); }
   void throw_if_any(const std::string& source) const;
   const std::vector<Remark>& remarks() const { return remarks_; }

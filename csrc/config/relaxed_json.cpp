@@ -53,7 +53,7 @@ class Reader {
 
  private:
   [[noreturn]] void fail(size_t where, const std::string& what) const {
-    throw ConfigError(source_ + ", " + place(where) + ": " + what);
+    throw ConfigError(source_ + ", " + place(where) + ": " + printable(what));
   }
 
   std::string place(size_t where) const {
@@ -180,6 +180,7 @@ class Reader {
       if (at_end() || text_[at_] == '\n') fail(begin, "this string is never closed");
       const char c = text_[at_++];
       if (c == quote) return result;
+      if (static_cast<unsigned char>(c) < 0x20 && c != '\t') fail(at_ - 1, "a control character in a string; write it as \\uXXXX");
       if (c == '\\') {
         escape(result);
       } else {

@@ -67,7 +67,7 @@ std::optional<std::string> decode_base64(std::string_view text) {
 }
 
 Document read_document(const std::string& text) {
-  const std::string shown = text.size() > kMaxShownPath ? text.substr(0, kMaxShownPath) + "..." : text;
+  const std::string shown = printable(shortened(text, kMaxShownPath));
   if (text.empty()) throw ConfigError("config: the path is empty");
   struct stat info;
   if (text.find('\0') == std::string::npos && ::stat(text.c_str(), &info) == 0) {

@@ -13,10 +13,8 @@ _RENAMED = {
     "float16_config": "fp16",
     "bfloat16_config": "bf16",
     "optimizer_name": "optimizer.type",
-    "optimizer_params": "optimizer.params",
     "optimizer_legacy_fusion": "optimizer.legacy_fusion",
     "scheduler_name": "scheduler.type",
-    "scheduler_params": "scheduler.params",
     "activation_checkpointing_config": "activation_checkpointing",
     "flops_profiler_config": "flops_profiler",
     "aio_config": "aio",
@@ -72,6 +70,14 @@ class DeepSpeedConfig:
     def optimizer_name(self):
         name = self.config.optimizer.type
         return name.lower() if name is not None and name.lower() in _BUILT_IN_OPTIMIZERS else name
+
+    @property
+    def optimizer_params(self):
+        return self.config.optimizer.params if self.config.optimizer.type is not None else None
+
+    @property
+    def scheduler_params(self):
+        return self.config.scheduler.params if self.config.scheduler.type is not None else None
 
     @property
     def zero_enabled(self):
