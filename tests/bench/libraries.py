@@ -110,7 +110,8 @@ class DeepSpeedApi:
     def prepare(self, setup):
         import deepspeed
 
-        self.initialize, self.Init = deepspeed.initialize, deepspeed.zero.Init
+        self.initialize = deepspeed.initialize  # reading it is what imports a lazy package
+        self.Init = deepspeed.zero.Init if setup.stage == 3 else None
         self.version, self.file = deepspeed.__version__, deepspeed.__file__
 
     @staticmethod
@@ -132,10 +133,7 @@ class DeepSpeedApi:
 
     def build(self, setup, build):
         config = self.config(setup)
-        if setup.stage == 3:
-            with self.Init(config_dict_or_path=config):
-                module = build()
-        else:
+        with self.Init(config_dict_or_path=config) if setup.stage == 3 else contextlib.nullcontext():
             module = build()
         self.engine = self.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
         return self
