@@ -60,7 +60,9 @@ class DeepSpeedDataLoader:
         self._start = 0  # samples of this epoch, over all ranks, that were consumed before the loader was restored
         self._batches = 0  # batches of this epoch handed out since then
         self._iterator: Iterator | None = None  # of the DataLoader; None until the position has been set
-        self._pass: _Epoch | None = None
+        # The current pass by number: a reference to it would be a cycle, and a DataLoader that dies in the cycle
+        # collector waits 5 s for each worker.
+        self._pass = 0
 
         options = dict(collate_fn=collate_fn,
                        pin_memory=bool(pin_memory) and torch.cuda.is_available(),
@@ -86,11 +88,11 @@ class DeepSpeedDataLoader:
         """A pass over one epoch: the rest of the current one after ``load_state_dict``, else a whole one."""
         if self._batches:  # left in the middle; an exhausted pass has already moved on
             self._next_epoch()
-        self._pass = _Epoch(self)
-        return self._pass
+        self._pass += 1
+        return _Epoch(self, self._pass)
 
     def __next__(self) -> Any:
-        return next(self._pass if self._pass is not None else iter(self))
+        return next(_Epoch(self, self._pass))
 
     def _draw(self) -> Any:
         if self._iterator is None:
@@ -108,7 +110,7 @@ class DeepSpeedDataLoader:
     def _next_epoch(self) -> None:
         self.epoch += 1
         self._start = self._batches = 0
-        self._iterator = self._pass = None
+        self._iterator = None
 
     def _place(self) -> None:
         """Tell the sampler which epoch it is and where in it to begin."""
@@ -144,8 +146,9 @@ class DeepSpeedDataLoader:
 class _Epoch:
     """One pass over a loader. It ends with its epoch, and a newer pass replaces it."""
 
-    def __init__(self, loader: DeepSpeedDataLoader) -> None:
+    def __init__(self, loader: DeepSpeedDataLoader, number: int) -> None:
         self.loader = loader
+        self.number = number
         self.ended = False
 
     def __iter__(self) -> "_Epoch":
@@ -154,7 +157,7 @@ class _Epoch:
     def __next__(self) -> Any:
         if self.ended:
             raise StopIteration
-        if self.loader._pass is not self:
+        if self.loader._pass != self.number:
             raise RuntimeError("a newer pass over this data loader has begun; one loader has one position")
         try:
             return self.loader._draw()

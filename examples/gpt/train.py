@@ -31,7 +31,7 @@ def arguments():
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=7)
     parser.add_argument("--width", type=int, default=448)
-    parser.add_argument("--context", type=int, default=128, help="bytes the model looks back")
+    parser.add_argument("--context", type=int, default=128, help="bytes in a window of text")
     parser.add_argument("--eval-every", type=int, default=100, help="updates between validations")
     parser.add_argument("--eval-windows", type=int, default=64, help="windows of the validation text to look at")
     parser.add_argument("--sample", type=int, default=300, help="bytes to generate at the end")
@@ -130,7 +130,7 @@ def main():
     args = arguments()
     deepspeed.init_distributed()
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(context=args.context, layers=args.layers, heads=args.heads, width=args.width))
+    model = GPT(GPTConfig(layers=args.layers, heads=args.heads, width=args.width))
     numel = sum(parameter.numel() for parameter in model.parameters())
     engine, _, loader, schedule = deepspeed.initialize(model=model,
                                                        model_parameters=model.parameters(),

@@ -79,7 +79,7 @@ def test_collate_and_timer_and_post_processing():
     assert next(iter(one)) == (0 + 2 + 4, 6) and calls == ["start"]
 
 
-@pytest.mark.parametrize("stop,workers", [(0, 0), (1, 0), (3, 0), (4, 0), (6, 0), (9, 0), (6, 2)])
+@pytest.mark.parametrize("stop,workers", [(0, 0), (1, 0), (3, 0), (4, 0), (6, 0), (9, 0), (1, 2), (6, 2)])
 def test_resumes_at_the_exact_sample(stop, workers):
     """With workers too: what they have fetched ahead does not count as consumed."""
     options = dict(num_local_io_workers=workers, seed=5)
