@@ -50,8 +50,8 @@ print(json.dumps(out))
 
 # ---- finding torch and tools ----------------------------------------------------------------------------------------
 
-def _parent_process(pid):
-    """(parent pid, command line, environment, working directory) of process pid; None when unreadable or not Linux."""
+def _process(pid):
+    """(parent's id, command line, environment, working directory) of a process; None when unreadable or not Linux."""
     try:
         with open(f"/proc/{pid}/stat") as f:
             parent = int(f.read().rpartition(")")[2].split()[1])
@@ -64,38 +64,46 @@ def _parent_process(pid):
         return None
 
 
+def _told_interpreters(command, environment, cwd):
+    """Interpreters that a front end like uv was told to install for, by option, active environment or habit."""
+    for i, word in enumerate(command):
+        if word in ("--python", "-p", "--prefix") and i + 1 < len(command):
+            word = "--python=" + command[i + 1]
+        if word.startswith(("--python=", "--prefix=")):
+            place = os.path.join(cwd, word.partition("=")[2])
+            yield from (place, os.path.join(place, "bin", "python"))
+    if os.path.basename(command[0]).startswith("python"):
+        yield command[0]
+    for prefix in (environment.get("VIRTUAL_ENV"), environment.get("CONDA_PREFIX"), os.path.join(cwd, ".venv")):
+        if prefix:
+            yield os.path.join(prefix, "bin", "python")
+
+
 def _interpreters():
-    """Candidates for "the environment's interpreter", best first.
+    """Candidates for "the environment's interpreter" with the environment variables to run it in, best first.
 
-    pip runs the backend with the interpreter of the environment that is installed into. Tools that build in a fresh virtual
-    environment instead (uv, python -m build) are looked through by asking their processes, our ancestors, where they were
-    told to install.
+    pip runs the backend with the interpreter of the environment that is installed into and only changes its search path; the
+    variables of pip's own process undo that. Front ends that build in a fresh virtual environment instead (uv, python -m build)
+    are looked through by asking their processes, our nearest ancestors, where they were told to install.
     """
+    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")}
     if os.environ.get("DS_TORCH_PYTHON"):
-        yield os.environ["DS_TORCH_PYTHON"]
+        yield os.environ["DS_TORCH_PYTHON"], plain
         return
-    yield sys.executable
-    pid = os.getppid()
-    for _ in range(6):
-        process = _parent_process(pid) if pid > 1 else None
+    process = _process(os.getppid())
+    yield sys.executable, process[2] if process else plain
+    if "pip-build-env-" in os.environ.get("PYTHONPATH", ""):
+        return
+    for _ in range(2):
         if process is None:
-            break
-        pid, command, environment, cwd = process
-        for i, word in enumerate(command[:-1]):
-            if word in ("--python", "-p", "--prefix"):
-                yield command[i + 1]
-                yield os.path.join(cwd, command[i + 1], "bin", "python")
-            elif word.startswith(("--python=", "--prefix=")):
-                yield word.partition("=")[2]
-                yield os.path.join(cwd, word.partition("=")[2], "bin", "python")
-        if os.path.basename(command[0]).startswith("python"):
-            yield command[0]
-        for prefix in (environment.get("VIRTUAL_ENV"), environment.get("CONDA_PREFIX"), os.path.join(cwd, ".venv")):
-            if prefix:
-                yield os.path.join(prefix, "bin", "python")
+            return
+        parent, command, environment, cwd = process
+        for interpreter in _told_interpreters(command, environment, cwd):
+            yield interpreter, plain
+        process = _process(parent)
 
 
-def _probe(interpreter, environment=None):
+def _probe(interpreter, environment):
     """What torch `interpreter` sees, as a dict, or None when it cannot be run or sees none fit for this Python."""
     try:
         run = subprocess.run([interpreter, "-c", _PROBE], capture_output=True, text=True, cwd="/", env=environment, timeout=60)
@@ -110,14 +118,12 @@ def _probe(interpreter, environment=None):
 def _outer_torch():
     """The torch to build against: {"dir", "version", "cuda", ...}. Exits with one clear message when there is none."""
     tried = []
-    here = _probe(sys.executable)  # visible without looking outside: --no-build-isolation, or torch among the build requirements
-    outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")}
-    found = None if os.environ.get("DS_TORCH_PYTHON") else here
-    for interpreter in [] if found else _interpreters():
-        if interpreter in tried:
-            continue
-        tried.append(interpreter)
-        found = _probe(interpreter, outside)
+    # Visible without looking outside: --no-build-isolation, or torch among the build requirements.
+    found = None if os.environ.get("DS_TORCH_PYTHON") else _probe(sys.executable, None)
+    for interpreter, environment in [] if found else _interpreters():
+        if interpreter not in tried:
+            tried.append(interpreter)
+            found = _probe(interpreter, environment)
         if found:
             break
     if not found:
