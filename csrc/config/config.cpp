@@ -19,7 +19,8 @@ World resolve_world(const Resolved& resolved, const Options& options, Findings& 
   World world = options.world;
   const std::optional<int64_t> sequence = optional_integer(resolved.values["sequence_parallel_size"]);
   const std::optional<int64_t> data = optional_integer(resolved.values["data_parallel_size"]);
-  if (world.ranks_per_sample <= 1 && sequence) {
+  if (!world.ranks_per_sample_source.empty()) return world;
+  if (sequence) {
     world.ranks_per_sample = *sequence;
     world.ranks_per_sample_source = "sequence_parallel_size";
   }

@@ -20,7 +20,7 @@
 namespace ds::config {
 
 struct Options {
-  World world;  // ranks_per_sample 1: sequence_parallel_size of the document counts
+  World world;  // without ranks_per_sample_source, sequence_parallel_size of the document says who shares samples
   Device device = Device::Cpu;
   std::optional<bool> strict;  // over the document's own "strict"
   bool batch_required = true;  // false: for readers that only ask where parameters go

@@ -10,7 +10,7 @@ class World(NamedTuple):
     size: int
     size_source: str
     ranks_per_sample: int = 1  # model-, pipeline- and sequence-parallel ranks see the same samples
-    ranks_per_sample_source: str = ""
+    ranks_per_sample_source: str = ""  # empty: nobody has said yet, so `sequence_parallel_size` of the document may
 
 
 def _process_group():
@@ -45,11 +45,11 @@ def find_world(mpu=None, mesh_device=None):
         name = next((known for known in ("data_parallel", "dp") if known in names), None)
         if name is None:
             raise ValueError(f"mesh_device needs a dimension named \"data_parallel\", found {names}")
-        return World(mesh_device.size(names.index(name)), f"dimension {name!r} of mesh_device")
+        return World(mesh_device.size(names.index(name)), f"dimension {name!r} of mesh_device", 1, "mesh_device")
     if mpu is None:
         return World(size, source)
     if hasattr(mpu, "get_data_parallel_world_size"):
-        return World(mpu.get_data_parallel_world_size(), "mpu.get_data_parallel_world_size()")
+        return World(mpu.get_data_parallel_world_size(), "mpu.get_data_parallel_world_size()", 1, "mpu")
     if hasattr(mpu, "get_sequence_parallel_world_size"):
         return World(size, source, mpu.get_sequence_parallel_world_size(), "mpu.get_sequence_parallel_world_size()")
     return World(size, source)

@@ -261,6 +261,8 @@ class TestWorld:
             get_sequence_parallel_world_size = staticmethod(lambda: 4)
 
         assert load_config(MINIMAL, mpu=Megatron()).train_batch_size == 8
+        # The unit has already left out the ranks that share a sequence.
+        assert load_config({**MINIMAL, "sequence_parallel_size": 2}, mpu=Megatron()).train_batch_size == 8
         assert load_config(MINIMAL, mpu=Ulysses()).train_batch_size == 4
         with pytest.raises(DeepSpeedConfigError, match=r"2 \(8 ranks \(WORLD_SIZE in the environment\) / 4 \(mpu.get_sequence"):
             load_config({"train_batch_size": 3}, mpu=Ulysses())
@@ -272,7 +274,7 @@ class TestWorld:
             def size(self, dimension):
                 return (3, 2)[dimension]
 
-        assert load_config(MINIMAL, mesh_device=Mesh()).data_parallel_world_size == 3
+        assert load_config({**MINIMAL, "sequence_parallel_size": 2}, mesh_device=Mesh()).data_parallel_world_size == 3
         Mesh.mesh_dim_names = ("x", "y")
         with pytest.raises(ValueError, match="data_parallel"):
             find_world(mesh_device=Mesh())
