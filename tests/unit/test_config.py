@@ -90,8 +90,8 @@ class TestSources:
         assert load_config(config) is config
 
     def test_missing_file(self):
-        with pytest.raises(DeepSpeedConfigError, match="^file not found: ds_config.json"):
-            load_config("ds_config.json")
+        with pytest.raises(DeepSpeedConfigError, match="^file not found: no_such_config.json"):
+            load_config("no_such_config.json")
 
     @pytest.mark.parametrize("source", [None, 1, [1], ("a", 1), b"{}"])
     def test_other_types(self, source):

@@ -41,7 +41,7 @@ TEST(Source, File) {
 }
 
 TEST(Source, MissingFileIsCalledThat) {
-  for (const char* path : {"ds_config.json", "configs/zero3.json", "abcd", "dsconfig", "no such file", "/nowhere/x.json"}) {
+  for (const char* path : {"no_such_config.json", "no_such_folder/zero3.json", "abcd", "dsconfig", "no such file", "/nowhere/x.json"}) {
     EXPECT_HAS(error_of(path), std::string("file not found: ") + path) << path;
   }
   EXPECT_HAS(error_of(::testing::TempDir()), "this is a directory");
