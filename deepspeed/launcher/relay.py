@@ -17,17 +17,27 @@ import re
 import sys
 
 HEADER = b"Traceback (most recent call last):"
+# torch.distributed puts this in front of every line of a traceback.
+_RANK = re.compile(rb"\[rank\d+\]: ?")
+_PART_OF_RANK = re.compile(rb"\[(r|ra|ran|rank\d*|rank\d+\]:?)?")
 # A script that does not even compile has no header: its report begins with the place.
-_START = re.compile(rb"(?m)" + re.escape(HEADER) + rb'|^  File "')
+_START = re.compile(rb"(?m)(?:" + _RANK.pattern + rb")?" + re.escape(HEADER) + rb'|^  File "')
 _MAX_HELD_BYTES = 1 << 20
 
 
-def _tail_that_may_become_a_header(data: bytes) -> int:
-    """Length of the longest end of data that is a proper beginning of the header."""
-    for length in range(min(len(HEADER) - 1, len(data)), 0, -1):
-        if HEADER.startswith(data[-length:]):
-            return length
-    return 0
+def _may_become_a_header(data: bytes) -> bool:
+    rank = _RANK.match(data)
+    if rank is not None:
+        return HEADER.startswith(data[rank.end():])
+    return HEADER.startswith(data) or _PART_OF_RANK.fullmatch(data) is not None
+
+
+def _unfinished_start(data: bytes) -> int:
+    """Where the longest end of data begins that is the beginning of a header; len(data) when there is none."""
+    for start in range(max(0, len(data) - len(HEADER) - 16), len(data)):
+        if data[start] in b"[T" and _may_become_a_header(data[start:]):
+            return start
+    return len(data)
 
 
 class Relay:
@@ -80,9 +90,14 @@ class Relay:
             self.held += data[start.start():]
             self.held_since = self.failed_at = now
             return
-        keep = _tail_that_may_become_a_header(data)
-        self._maybe = data[len(data) - keep:]
-        self._pass_on(data[:len(data) - keep])
+        end = _unfinished_start(data)
+        self._maybe = data[end:]
+        self._pass_on(data[:end])
+
+    def settle(self) -> None:
+        """Nothing has come for a while: what might have become a header will not."""
+        self._pass_on(self._maybe)
+        self._maybe = b""
 
     def _pass_on(self, data: bytes | bytearray) -> None:
         if self.log_fd is None and data:
@@ -111,6 +126,7 @@ class Relay:
 
 def last_line(text: bytes) -> str:
     """The line of a held text that says what went wrong: the last one of its last traceback that is not indented."""
+    text = _RANK.sub(b"", text)
     after = text[text.rfind(HEADER) + 1:].decode(errors="replace").splitlines()[1:]
     for line in after:
         if line.strip() and not line[0].isspace() and line[0] not in "+|":

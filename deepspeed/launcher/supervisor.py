@@ -141,6 +141,10 @@ class Supervisor:
         for key, _ in events:
             if key.data is not None:
                 self._read(key.data, now)
+        if not events:
+            for rank in self.ranks:
+                if rank.relay is not None:
+                    rank.relay.settle()
         self._release_logged_tracebacks(now)
         self._advance(time.monotonic())
 

@@ -41,6 +41,21 @@ def test_consequences_are_one_line_each(tmp_path):
             assert "then failed too (its traceback is left out): RuntimeError" in line
 
 
+def test_tracebacks_as_torch_prints_them(tmp_path):
+    """With a process group torch puts "[rankN]: " in front of each line, in pieces."""
+    code, _, err = run(tmp_path, """
+        def hook(kind, error, trace):
+            import traceback
+            for line in traceback.format_exception(kind, error, trace):
+                for part in line.splitlines(keepends=True): sys.stderr.write(f"[rank{rank}]: "); sys.stderr.write(part)
+        sys.excepthook = hook
+        time.sleep(0.3 * rank)
+        raise ValueError(f"trouble {rank}")
+        """)
+    assert code == 1 and err.count(HEADER) == 1
+    assert f"[rank0]: {HEADER}" in err and "[rank0]: ValueError: trouble 0" in err and "[rank1]" not in err
+
+
 def test_chained_tracebacks_are_kept_together(tmp_path):
     code, _, err = run(tmp_path, """
         if rank == 1:

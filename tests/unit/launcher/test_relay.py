@@ -34,21 +34,26 @@ def test_partial_lines_pass_at_once(terminal, pipe):
     assert terminal == b"\r 10%|#   " and relay.mid_line and not relay.holding
 
 
+# As torch.distributed prints it.
+RANKED = b"".join(b"[rank12]: " + line for line in TRACEBACK.splitlines(keepends=True))
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 33, 34, 35, 1000])
-def test_held_from_the_header_on_in_any_pieces(terminal, pipe, size):
+@pytest.mark.parametrize("text", [TRACEBACK, RANKED])
+def test_held_from_the_header_on_in_any_pieces(terminal, pipe, size, text):
     relay, write = pipe
-    data = b"\r 50%|##" + TRACEBACK + b"after\n"
+    data = b"\r 50%|##" + text + b"after\n"
     for start in range(0, len(data), size):
         write(data[start:start + size], now=5.0)
     assert terminal == b"\r 50%|##" and relay.holding and relay.failed_at == 5.0
-    assert relay.take_held() == TRACEBACK + b"after\n" and not relay.holding
+    assert relay.take_held() == text + b"after\n" and not relay.holding
 
 
 def test_what_only_looks_like_a_header_passes(terminal, pipe):
     relay, write = pipe
-    for piece in (b"Trace", b"back (most", b" recent) no\n", b"Traceback (most recent call last", b"ing)\n"):
+    for piece in (b"[rank3]", b" [", b"rank]: Trace", b"back (most", b" recent) no\n", b"Traceback (most recent call last", b"ing)\n"):
         write(piece)
-    assert terminal == b"Traceback (most recent) no\nTraceback (most recent call lasting)\n"
+    assert terminal == b"[rank3] [rank]: Traceback (most recent) no\nTraceback (most recent call lasting)\n"
 
 
 def test_release_gives_it_back_in_order(terminal, pipe):
@@ -80,8 +85,17 @@ def test_with_a_log_everything_goes_there(terminal, tmp_path):
     os.close(log)
 
 
+def test_a_prompt_is_not_kept_for_ever(terminal, pipe):
+    relay, write = pipe
+    write(b"press T")
+    assert terminal == b"press "
+    relay.settle()
+    assert terminal == b"press T"
+
+
 @pytest.mark.parametrize("text,expected", [
     (TRACEBACK, "ValueError: no"),
+    (RANKED, "ValueError: no"),
     (TRACEBACK + b"\nDuring handling of the above exception, another exception occurred:\n\n" + HEADER +
      b"\n  File \"y\", line 2\nKeyError: 'k'\n", "KeyError: 'k'"),
     (b"", ""),
