@@ -13,7 +13,7 @@ import tempfile
 import models
 import running
 
-CONTENDERS = "loop,ours:0,ours:1,ours:2,ours:3,ddp,fsdp2,deepspeed:0,deepspeed:1,deepspeed:2,deepspeed:3"
+CONTENDERS = "loop,ours:0,ours:1,ours:2,ours:3,ddp,deepspeed:0,deepspeed:1,deepspeed:2,deepspeed:3"
 BARS_US = {"ours:0": 10, "ours:1": 10, "ours:2": 10, "ours:3": 30}
 
 
