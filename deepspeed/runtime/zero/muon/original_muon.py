@@ -4,8 +4,6 @@ from deepspeed._lazy import attach, names
 
 __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.ops.muon",
-            "Muon", "MuonWithAuxAdam", "muon_update", "zeropower_via_newtonschulz5", "zeropower_via_newtonschulz_gram"),
-    # Nothing in either is distributed: the reducer is.
-    "SingleDeviceMuon": "deepspeed.ops.muon:Muon",
-    "SingleDeviceMuonWithAuxAdam": "deepspeed.ops.muon:MuonWithAuxAdam",
+            "Muon", "SingleDeviceMuon", "SingleDeviceMuonWithAuxAdam", "MuonWithAuxAdam", "muon_update",
+            "zeropower_via_newtonschulz5", "zeropower_via_newtonschulz_gram"),
 })
