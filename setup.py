@@ -200,13 +200,13 @@ class CleanBuildPy(build_py):
 class SourceDist(sdist):
     """Adds what compiling and testing need to the files setuptools picks."""
 
-    def add_defaults(self):
-        super().add_defaults()
-        self.filelist.extend(["CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py"])
+    def make_release_tree(self, base_dir, files):
+        more = ["CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py"]
         for top in ("csrc", "tests", "configs", "examples", "docs"):
-            for folder, folders, files in os.walk(os.path.join(ROOT, top)):
-                folders[:] = [name for name in folders if name != "__pycache__"]
-                self.filelist.extend(os.path.relpath(os.path.join(folder, name), ROOT) for name in files)
+            for folder, folders, names in os.walk(os.path.join(ROOT, top)):
+                folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+                more += [os.path.relpath(os.path.join(folder, name), ROOT) for name in names if not name.endswith((".pyc", ".so"))]
+        super().make_release_tree(base_dir, sorted({*files, *more}))
 
 
 # ---- PEP 517 / 660 hooks: setuptools', plus the tools the machine lacks ----------------------------------------------
