@@ -147,21 +147,26 @@ def alternate(args, contenders, options, watch_for=None):
     Returns {"contenders": {name: [result of each round]}, "failed": {name: why}, "ceilings": [one a round]}."""
     results = {c.name: [] for c in contenders}
     failed, ceilings = {}, []
-    for number in range(args.rounds):
-        ceilings.append(measure_ceilings(args))
-        for contender in contenders:
-            if contender.name in failed:
-                continue
-            try:
-                watch = watch_for(contender) if watch_for else None
-                result = run(args, contender, "train_step.py", options, watch)
-                results[contender.name].append(result)
-                print(f"round {number + 1}/{args.rounds} {contender.name}: {1e3 * result['median_s']:.1f} ms, load {result['load'][0]:.1f}",
-                      file=sys.stderr, flush=True)
-            except Failed as problem:
-                failed[contender.name] = str(problem)
-                print(f"{contender.name} failed: {problem}", file=sys.stderr, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the measuring, not the report
+        for number in range(args.rounds):
+            ceilings.append(measure_ceilings(args))
+            for contender in contenders:
+                if contender.name not in failed:
+                    _one_turn(args, number, contender, options, watch_for, results, failed)
     return {"contenders": {name: runs for name, runs in results.items() if runs}, "failed": failed, "ceilings": ceilings}
+
+
+def _one_turn(args, number, contender, options, watch_for, results, failed):
+    try:
+        watch = watch_for(contender) if watch_for else None
+        result = run(args, contender, "train_step.py", options, watch)
+    except Failed as problem:
+        failed[contender.name] = str(problem)
+        print(f"{contender.name} failed: {problem}", file=sys.stderr, flush=True)
+        return
+    results[contender.name].append(result)
+    print(f"round {number + 1}/{args.rounds} {contender.name}: {1e3 * result['median_s']:.1f} ms, load {result['load'][0]:.1f}",
+          file=sys.stderr, flush=True)
 
 
 def median_of(results, name, field="median_s"):
