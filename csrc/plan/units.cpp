@@ -117,8 +117,11 @@ std::vector<Unit> plan_units(const std::vector<Module>& tree, UnitBudget budget)
 
 UnitBudget default_budget(int64_t total_numel, int64_t reduce_bucket_numel, int64_t prefetch_bucket_numel) {
   UnitBudget budget;
-  budget.soft_numel = std::clamp(total_numel / 16, kSmallestUnit, kUsualBlock);
-  const int64_t asked = std::max({reduce_bucket_numel, prefetch_bucket_numel, kUsualBlock});
+  const int64_t floor = std::clamp<int64_t>(prefetch_bucket_numel, 1, kSmallestUnit);
+  const int64_t ceiling = prefetch_bucket_numel < kSmallestUnit ? floor : kUsualBlock;
+  budget.soft_numel = std::clamp(total_numel / 16, floor, ceiling);
+  // A prefetch bucket below a million elements asks for the smallest units there are.
+  const int64_t asked = prefetch_bucket_numel < kSmallestUnit ? floor : std::max({reduce_bucket_numel, prefetch_bucket_numel, kUsualBlock});
   budget.hard_numel = std::max(budget.soft_numel, std::min(asked, kLargestUnit));
   return budget;
 }

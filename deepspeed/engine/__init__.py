@@ -5,5 +5,6 @@ from deepspeed._lazy import attach, names
 __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.engine.initialize", "initialize", "DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"),
     **names("deepspeed.engine.engine", "DeepSpeedEngine"),
-    **names("deepspeed.zero.optimizer", "DeepSpeedOptimizer", "ZeROOptimizer", "BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer"),
+    **names("deepspeed.zero.optimizer", "DeepSpeedOptimizer", "ZeROOptimizer"),
+    **names("deepspeed.zero.optimizer_kinds", "BF16_Optimizer", "FP16_Optimizer", "FP16_UnfusedOptimizer"),
 })

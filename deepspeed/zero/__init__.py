@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.zero.offload", "DeepSpeedZeRoOffload", "PartitionedParameterCoordinator"),
     **names("deepspeed.zero.generation", "unwrap_model_for_generation"),
     **names("deepspeed.zero.ordered_dict", "ZeROOrderedDict"),
-    **names("deepspeed.zero.optimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),
+    **names("deepspeed.zero.optimizer_kinds", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),
     **names("deepspeed.zero.devices", "get_state_devices"),
     **names("deepspeed.zero.tiling", "TiledLinear", "TiledLinearReturnBias"),
 })

@@ -66,6 +66,25 @@ def _tensors_in(value, found):
     return found
 
 
+def _in_init():
+    from deepspeed.zero.init import in_init
+    return in_init()
+
+
+def _while_building(func, freed, args, kwargs):
+    """Under zero.Init: works on the whole parameters, and keeps what rank 0 has written into them."""
+    from deepspeed.zero.gathered import GatheredParameters
+    before = [p._version for p in freed]
+    with GatheredParameters(freed):
+        out = func(*args, **kwargs)
+        for parameter, version in zip(freed, before):
+            if parameter._version != version:
+                home = parameter.ds_home
+                home.owner.store.broadcast_full(home.unit, 0)
+                home.owner.store.write_back(home.unit)
+    return out
+
+
 class Guarded:
     """Mixed into the own class of every freed parameter."""
 
@@ -80,8 +99,11 @@ class Guarded:
         if func is _DATA_GET:
             with torch._C.DisableTorchFunctionSubclass():
                 return torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+        freed = _guarded_in((args, kwargs), [])
+        if _in_init():
+            return _while_building(func, freed, args, kwargs)
         units = []
-        for parameter in _guarded_in((args, kwargs), []):
+        for parameter in freed:
             if isinstance(parameter, Guarded):  # an earlier one may have brought it back
                 home = parameter.__dict__["ds_home"]
                 home.gather_for_use(getattr(func, "__name__", str(func)))

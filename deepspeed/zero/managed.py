@@ -178,11 +178,15 @@ class ManagedModel:
                 note(enter, module, unit)
             note(leave, u.hooked[-1], unit)
             note(leave, u.scope, unit)
+        hooked_of = dict(zip(units, (u.hooked for u in plan.units)))
         for module, parameter in plan.uses:
             unit = index_of.get(id(parameter))
-            if unit is not None and self.shards_params and not self.store.is_persistent(unit):
-                note(enter, module, unit)
-                note(leave, module, unit)
+            if unit is None or not self.shards_params or self.store.is_persistent(unit):
+                continue
+            if any(module is inner for outer in hooked_of[unit] for inner in outer.modules()):
+                continue  # runs inside a module that holds the unit anyway, and must not free it
+            note(enter, module, unit)
+            note(leave, module, unit)
         for key, module in modules.items():
             self._hook_module(module, enter.get(key, []), leave.get(key, []))
 

@@ -344,6 +344,3 @@ class ShardedOptimizer(ZeROOptimizer):
         self.slices = []
         self._where = {}
 
-
-# The names callers import for the optimizers of the single stages; there is one.
-DeepSpeedZeroOptimizer = DeepSpeedZeroOptimizer_Stage3 = BF16_Optimizer = FP16_Optimizer = FP16_UnfusedOptimizer = ShardedOptimizer

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The groups of ranks a model is cut over, as transports."""
-import os
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from deepspeed import _environment
 from deepspeed._native import lib
 
 
@@ -17,7 +17,7 @@ class Transports(NamedTuple):
 
 
 def _open(group, device):
-    choice = os.environ.get("DS_TRANSPORT", "auto")
+    choice = _environment.read("DS_TRANSPORT")
     return lib().make_transport(group.group_name, str(device), choice)
 
 

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""zero.Init: a model that is sharded while it is built, so that no rank ever holds all of it.
+
+A module's parameters are sharded when the module is put into its parent (torch tells by its registration hooks), the
+outermost module's when the context ends. Rank 0's values count. Functions that write a sharded parameter inside the context,
+such as torch.nn.init.*, work as on whole ones: the guard gathers it, and takes rank 0's result over.
+"""
+import weakref
+
+import torch
+from torch.nn.modules import module as torch_module
+
+from deepspeed import comm
+from deepspeed.config import load_config
+from deepspeed.device import get_accelerator
+from deepspeed.zero.managed import ManagedModel, home_of
+from deepspeed.zero.transports import open_transports
+from deepspeed.zero.units import UnitPlan
+
+_active = []        # contexts entered, outermost first
+_transports = {}    # (group name, device) -> transports; contexts come and go, opening them costs a rendezvous
+
+
+def _open(group, device):
+    key = (group.group_name if group is not None else "", str(device))
+    if key not in _transports:
+        _transports[key] = open_transports(device, group)
+    return _transports[key]
+
+
+class Init:
+    """Context in which modules are sharded as they are constructed; `Init(module=m)` shards an existing one.
+
+    config_dict_or_path: the training configuration, for dtype; dtype: overrides it (torch dtype). data_parallel_group: the ranks
+    to shard over. enabled=False makes it a plain context. The remaining arguments are those of the known package and choose
+    implementations that do not exist here. Collective: every rank builds the same model.
+    """
+
+    def __init__(self, module=None, data_parallel_group=None, mem_efficient_linear=True, remote_device=None, pin_memory=False,
+                 config_dict_or_path=None, config=None, enabled=True, dtype=None, mpu=None, zero_param_parallel_group=None,
+                 zero_quantized_weights=False, zero_quantized_nontrainable_weights=False, sequence_data_parallel_group=None,
+                 param_swapper=None, tensor_overrides=None):
+        self.enabled = enabled
+        if not enabled:
+            return
+        if remote_device not in (None, "none", "cpu"):
+            raise NotImplementedError(f"zero.Init: remote_device={remote_device!r} is not built yet; parameters rest on the training device")
+        if zero_quantized_weights or zero_quantized_nontrainable_weights:
+            raise NotImplementedError("zero.Init: quantised weights are not built yet; leave zero_quantized_weights off")
+        comm.init_distributed()
+        name = get_accelerator().device_name()
+        self.device = torch.device("cpu") if name == "cpu" else torch.device(get_accelerator().current_device_name())
+        source = config_dict_or_path if config_dict_or_path is not None else config
+        self.dtype = dtype or self._dtype_of(source, name)
+        self.group = data_parallel_group or (mpu.get_data_parallel_group() if mpu is not None else None)
+        self._owner = None
+        self._hooks = []
+        self._seen = {}
+        self._modes = []
+        if module is not None:
+            self._shard_tree(module)
+            self._hand_over()
+
+    def _dtype_of(self, source, device):
+        if source is None:
+            return None
+        cfg = load_config(source, device=device, batch_required=False)
+        return torch.bfloat16 if cfg.bf16.enabled else torch.float16 if cfg.fp16.enabled else None
+
+    # ---- sharding
+
+    def _managed(self):
+        if self._owner is None or self._owner.closed:
+            self._owner = ManagedModel(_open(self.group, self.device), self.device, shard_params=True)
+        return self._owner
+
+    def _shard(self, module):
+        """The parameters that the module registers itself."""
+        own = {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None and home_of(parameter) is None and parameter.numel() and not any(parameter is p for p in own.values()):
+                own[name] = parameter
+        if not own:
+            return
+        owner = self._managed()
+        plan = UnitPlan(type(module).__name__, list(own), list(own.values()), [], module, sum(p.numel() for p in own.values()))
+        owner.add_unit(plan, self._target, lambda p: False, keep_master=False, persistent_numel=-1)
+        module.__dict__["_ds_zero_owner"] = owner   # as long as a module lives, its shards do
+
+    def _target(self, parameter):
+        return self.dtype if self.dtype is not None and parameter.is_floating_point() else parameter.dtype
+
+    def _shard_tree(self, module):
+        for child in module.modules():
+            self._shard(child)
+
+    def _hand_over(self):
+        self._seen = {}
+        self._owner = None
+
+    # ---- the context
+
+    def __enter__(self):
+        if self.enabled:
+            if not _active:
+                self._attach()
+            _active.append(self)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if not self.enabled:
+            return False
+        _active.remove(self)
+        if _active:
+            return False   # the outermost context does the work
+        self._detach()
+        if kind is None:
+            for reference in list(self._seen.values()):
+                module = reference()
+                if module is not None:
+                    self._shard(module)
+        self._hand_over()
+        return False
+
+    def _attach(self):
+        def on_parameter(module, name, parameter):
+            self._seen[id(module)] = weakref.ref(module)
+
+        def on_module(module, name, child):
+            if isinstance(child, torch.nn.Module):
+                self._shard_tree(child)
+
+        self._hooks = [torch_module.register_module_parameter_registration_hook(on_parameter),
+                       torch_module.register_module_module_registration_hook(on_module)]
+        self._previous_dtype = torch.get_default_dtype()
+        if self.dtype is not None:
+            torch.set_default_dtype(self.dtype)
+        if self.device.type != "cpu":
+            self._modes = [self.device.__enter__()]
+
+    def _detach(self):
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        torch.set_default_dtype(self._previous_dtype)
+        if self._modes:
+            self.device.__exit__(None, None, None)
+            self._modes = []
+
+
+# Callers replace this function, and compare `fn` with the _orig_* below, to change how tensors are made under Init. Nothing is
+# made through it here unless they have: plain constructors already follow the context's dtype and device.
+def zero_wrapper_for_fp_tensor_constructor(fn, target_fp_dtype, target_device=None):
+    """`fn` with its floating-point results in `target_fp_dtype` on `target_device`."""
+
+    def construct(*args, **kwargs):
+        if target_device is not None and kwargs.get("device") is None:
+            kwargs["device"] = target_device
+        tensor = fn(*args, **kwargs)
+        return tensor.to(target_fp_dtype) if tensor.is_floating_point() else tensor
+
+    return construct
+
+
+_orig_torch_tensor, _orig_torch_empty, _orig_torch_zeros, _orig_torch_ones = torch.tensor, torch.empty, torch.zeros, torch.ones
+_orig_torch_full, _orig_torch_arange, _orig_torch_eye, _orig_torch_randn = torch.full, torch.arange, torch.eye, torch.randn
+
+
+def in_init():
+    """Whether a zero.Init context is running."""
+    return bool(_active)
+
+
+def shutdown_init_context():
+    """Suspends running contexts, so that modules built now are plain; returns what restore_init_context() takes."""
+    suspended = list(_active)
+    if suspended:
+        suspended[0]._detach()
+        _active.clear()
+    return suspended
+
+
+def restore_init_context(suspended=None):
+    """Resumes what shutdown_init_context() suspended."""
+    if suspended:
+        _active.extend(suspended)
+        suspended[0]._attach()
