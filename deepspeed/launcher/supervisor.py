@@ -186,12 +186,17 @@ class Supervisor:
 
     def _release_logged_tracebacks(self, now: float) -> None:
         """See Note [One traceback]."""
-        holding = [r.relay for r in self.ranks if r.code is None and r.relay and r.relay.holding]
-        oldest = min((relay.held_since for relay in holding), default=now)
-        for relay in holding:
-            patience = self.patience.logged_s if relay.held_since == oldest else self.patience.doubtful_s
-            if self.phase is Phase.RUNNING and now - relay.held_since > patience:
-                relay.release()
+        if self.phase is not Phase.RUNNING:
+            return
+        # A traceback that has been released counts as well: its rank may be slow to end and the cause all the same.
+        begun = [(r.relay.failed_at, r.spec.rank) for r in self.ranks if r.relay and r.relay.failed_at is not None]
+        oldest = min((entry for entry in begun if now - entry[0] <= self.patience.doubtful_s), default=None)
+        for rank in self.ranks:
+            if rank.code is None and rank.relay and rank.relay.holding:
+                is_oldest = (rank.relay.failed_at, rank.spec.rank) == oldest
+                patience = self.patience.logged_s if is_oldest else self.patience.doubtful_s
+                if now - rank.relay.held_since > patience:
+                    rank.relay.release()
 
     def _advance(self, now: float) -> None:
         if self.phase is Phase.RUNNING:
@@ -272,6 +277,8 @@ class Supervisor:
         self.say("error", f"rank {first.spec.rank} (process {first.pid}) failed first: {describe(first.code)}")
         if first.relay:
             text = first.relay.take_held()
+            if not text and first.relay.failed_at is not None:
+                self.say("error", "its traceback is above; it needed long to end")
             write_stderr(text if text.endswith(b"\n") or not text else text + b"\n")
         for rank in others:
             text = rank.relay.take_held() if rank.relay else b""

@@ -11,7 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Each script begins with this: `rank`, and `note(pid)` that writes a process down so that the test can look for it.
+# Each script begins with this: `rank`; `note(pid)`, which writes a process down so that the test can look for it; `mark` and
+# `wait_for`, which order what ranks do, however long each takes to start; and a `print` in one piece (python -u writes the
+# end of a line apart, and two ranks' lines would mix).
 PREAMBLE = """
 import os, signal, subprocess, sys, time
 rank = int(os.environ["RANK"])
@@ -19,6 +21,13 @@ def note(pid, name=""):
     path = os.path.join(os.environ["TEST_DIR"], f"{rank}.{pid}{name}.pid")
     open(path + "~", "w").close(); os.rename(path + "~", path)
 note(os.getpid())
+def mark(name):
+    open(os.path.join(os.environ["TEST_DIR"], name), "w").close()
+def wait_for(name):
+    while not os.path.exists(os.path.join(os.environ["TEST_DIR"], name)): time.sleep(0.01)
+    time.sleep(0.3)
+def print(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 """
 
 

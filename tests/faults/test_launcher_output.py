@@ -124,8 +124,9 @@ def test_each_rank_has_a_log(tmp_path):
         print("out", rank)
         sys.stderr.write(f"err {rank}\\n")
         import atexit
-        atexit.register(time.sleep, 0.7 * (1 - rank))  # so that rank 1 fails too before it is ended
-        time.sleep(0.2 * rank)
+        atexit.register(time.sleep, 1.5 * (1 - rank))  # so that rank 1 fails too before it is ended
+        if rank == 1: wait_for("raising")
+        mark("raising")
         raise ValueError(f"trouble {rank}")
         """, flags=("--num_gpus", "2", "--enable_each_rank_log", str(tmp_path / "logs")))
     assert code == 1 and out == ""
@@ -164,7 +165,7 @@ def test_venv_script(tmp_path):
 def test_module_and_no_local_rank(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
-    (tmp_path / "package" / "train.py").write_text("import sys; print(__name__, sys.argv[1:])")
+    (tmp_path / "package" / "train.py").write_text("import os, sys; os.write(1, f'{__name__} {sys.argv[1:]}\\n'.encode())")
     script = Job(tmp_path, "")
     script.script = "package.train"
     script.flags = ("--num_gpus", "2", "--module", "--no_local_rank")

@@ -19,8 +19,8 @@ def test_first_failure_is_the_jobs_and_its_traceback_is_shown_once(tmp_path):
             def deep(): raise Odd("the cause\\nin two lines")
             try: deep()
             except Odd:
-                sys.excepthook(*sys.exc_info()); sys.exit(3)
-        time.sleep(0.3)
+                sys.excepthook(*sys.exc_info()); mark("raised"); sys.exit(3)
+        wait_for("raised")
         raise RuntimeError("rank 1 is gone")
         """)
     assert code == 3
@@ -30,8 +30,10 @@ def test_first_failure_is_the_jobs_and_its_traceback_is_shown_once(tmp_path):
 
 def test_consequences_are_one_line_each(tmp_path):
     code, _, err = run(tmp_path, """
-        if rank == 0: raise ValueError("the cause")
-        time.sleep(0.02 * rank)
+        if rank == 0:
+            mark("raising")
+            raise ValueError("the cause")
+        wait_for("raising")
         raise RuntimeError(f"rank 0 is gone, says {rank}")
         """, flags=("--num_gpus", "4"))
     assert code == 1 and err.count(HEADER) == 1 and "ValueError: the cause" in err
@@ -49,7 +51,8 @@ def test_tracebacks_as_torch_prints_them(tmp_path):
             for line in traceback.format_exception(kind, error, trace):
                 for part in line.splitlines(keepends=True): sys.stderr.write(f"[rank{rank}]: "); sys.stderr.write(part)
         sys.excepthook = hook
-        time.sleep(0.3 * rank)
+        if rank == 1: wait_for("raising")
+        mark("raising")
         raise ValueError(f"trouble {rank}")
         """)
     assert code == 1 and err.count(HEADER) == 1
@@ -72,13 +75,27 @@ def test_a_slow_teardown_does_not_make_the_cause_a_consequence(tmp_path):
     code, _, err = run(tmp_path, """
         import atexit
         if rank == 0:
-            atexit.register(lambda: (time.sleep(0.5), os._exit(5)))
+            atexit.register(lambda: (time.sleep(0.9), os._exit(5)))
+            mark("raising")
             raise ValueError("the cause")
-        time.sleep(0.2)
+        wait_for("raising")
         raise RuntimeError("consequence")
         """)
     assert code == 5 and "rank 0 (process" in err and "ValueError: the cause" in err
     assert err.count(HEADER) == 1
+
+
+def test_a_very_slow_teardown_shows_one_traceback_too(tmp_path):
+    """Both raise, and both need longer to exit than a logged traceback is held."""
+    code, _, err = run(tmp_path, """
+        import atexit
+        atexit.register(time.sleep, 3 + 0.5 * rank)
+        if rank == 1: wait_for("raising")
+        mark("raising")
+        raise ValueError(f"trouble {rank}")
+        """)
+    assert code == 1 and err.count(HEADER) == 1 and "ValueError: trouble 0" in err
+    assert "rank 0 (process" in err and "its traceback is above" in err
 
 
 def test_the_same_mistake_on_all_ranks_is_shown_once(tmp_path):
