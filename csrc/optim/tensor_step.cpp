@@ -14,7 +14,7 @@ namespace ds::optim {
 namespace {
 
 // Elements widened at a time where a parameter or state is not float32: the float32 copies stay in the second-level cache.
-constexpr int64_t kBlock = int64_t{1} << 14;
+constexpr int64_t kBlock = int64_t{1} << 15;
 
 bool kernel_dtype(at::ScalarType t) { return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf; }
 
@@ -77,31 +77,45 @@ Arrays arrays_of(size_t index, const Tensors& params, const Tensors& grads, cons
   return a;
 }
 
-at::Tensor widened(const at::Tensor& t) {
-  if (t.scalar_type() == at::kFloat) return t;
-  at::Tensor wide = at::empty({t.numel()}, t.options().dtype(at::kFloat));
-  copy_scale(wide, t, 1.0f);
-  return wide;
-}
-
-// update(p, g, states, low) on float32 copies of what is narrower; `low` is then the parameter itself.
-template <typename Update>
-void update_widened(const Arrays& a, const Update& update) {
-  Tensors states;
-  for (const at::Tensor& s : a.states) states.push_back(widened(s));
-  const at::Tensor p = widened(a.p);
-  update(p, a.g, states, p.is_same(a.p) ? at::Tensor() : a.p);
-  for (size_t k = 0; k < states.size(); ++k) {
-    if (!states[k].is_same(a.states[k])) copy_scale(a.states[k], states[k], 1.0f);
+// Float32 room for the arrays that are narrower, one to a thread: allocated once, used for every block.
+class Scratch {
+ public:
+  Scratch(const Arrays& a, int64_t numel) : p_(room(a.p, numel)) {
+    for (const at::Tensor& s : a.states) states_.push_back(room(s, numel));
   }
-}
+  // update(p, g, states, low) on float32 copies of what is narrower; `low` is then the parameter itself.
+  template <typename Update>
+  void operator()(const Arrays& a, const Update& update) const {
+    Tensors states;
+    for (size_t k = 0; k < states_.size(); ++k) states.push_back(widened(a.states[k], states_[k]));
+    update(widened(a.p, p_), a.g, states, p_.defined() ? a.p : at::Tensor());
+    for (size_t k = 0; k < states_.size(); ++k) {
+      if (states_[k].defined()) copy_scale(a.states[k], states[k], 1.0f);
+    }
+  }
+
+ private:
+  static at::Tensor room(const at::Tensor& t, int64_t numel) {
+    if (t.scalar_type() == at::kFloat) return {};
+    return at::empty({numel}, t.options().dtype(at::kFloat));
+  }
+  static at::Tensor widened(const at::Tensor& t, const at::Tensor& room) {
+    if (!room.defined()) return t;
+    at::Tensor wide = room.narrow(0, 0, t.numel());
+    copy_scale(wide, t, 1.0f);
+    return wide;
+  }
+  at::Tensor p_;
+  Tensors states_;  // undefined where the array is float32 itself
+};
 
 template <typename Update>
 void update_param(const Arrays& a, const Update& update) {
   const int64_t n = a.p.numel();
-  if (a.all_float() || !a.p.is_cpu()) return update_widened(a, update);
+  if (a.all_float() || !a.p.is_cpu()) return Scratch(a, n)(a, update);
   at::parallel_for(0, (n + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) update_widened(a.narrow(b * kBlock, std::min(kBlock, n - b * kBlock)), update);
+    const Scratch scratch(a, std::min(kBlock, n));
+    for (int64_t b = first; b < last; ++b) scratch(a.narrow(b * kBlock, std::min(kBlock, n - b * kBlock)), update);
   });
 }
 
@@ -164,7 +178,7 @@ std::vector<double> lamb_step(const kernels::Lamb& h, double min_coeff, double m
   std::vector<double> ratios;
   for (const Arrays& a : checked(params, grads, {{"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}})) {
     double ratio = 1.0;
-    update_widened(a, [&](const at::Tensor& p, const at::Tensor& g, const Tensors& s, const at::Tensor& low) {
+    Scratch(a, a.p.numel())(a, [&](const at::Tensor& p, const at::Tensor& g, const Tensors& s, const at::Tensor& low) {
       const at::Tensor u = at::empty_like(p);
       const at::Tensor norms = at::zeros({2}, p.options().dtype(at::kDouble));
       lamb_direction(h, grad_scale, p, g, s[0], s[1], u, norms);
