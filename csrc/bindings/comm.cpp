@@ -79,6 +79,12 @@ void check_interrupt() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
+void without_gil(const std::function<void()>& release) {
+  if (!Py_IsInitialized() || !PyGILState_Check()) return release();
+  py::gil_scoped_release without;
+  release();
+}
+
 // sink(list of uint8 tensors); they are valid only during the call.
 ReduceSink python_sink(py::function sink, size_t part_bytes, at::Device device) {
   auto held = std::shared_ptr<py::function>(new py::function(std::move(sink)), [](py::function* f) {
@@ -253,4 +259,5 @@ void bind_comm(py::module_& m) {
       },
       "Called with one line of text when a collective stalls; None: stderr.", py::arg("handler"));
   Transport::set_interrupt_check(check_interrupt);
+  Transport::set_release_guard(without_gil);
 }

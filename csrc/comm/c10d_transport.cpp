@@ -56,6 +56,11 @@ C10dTransport::C10dTransport(c10::intrusive_ptr<c10d::ProcessGroup> pg, at::Devi
       host_device_(host_device),
       peers_(std::move(peers)) {}
 
+// We may be the group's last owner, and its destructor joins a thread that takes the GIL to free tensors.
+C10dTransport::~C10dTransport() {
+  release_guarded([this] { pg_.reset(); });
+}
+
 std::string C10dTransport::stall_text(int64_t seq) {
   const std::string dead = first_dead(peers_, rank_);
   return "rank " + std::to_string(rank_) + " of " + std::to_string(size_) + " in " + describe(ledger_->record(seq)) + " over " +

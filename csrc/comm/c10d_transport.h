@@ -20,6 +20,7 @@ at::Tensor byte_view(void* data, size_t bytes, at::Device device, std::shared_pt
 
 class C10dTransport : public Transport {
  public:
+  ~C10dTransport() override;
   bool needs_matching_order() const override { return true; }
   void all_reduce(double* values, int n, Op op, const Tag& tag) override;
   void all_gather_host(const void* mine, size_t bytes, void* out, const Tag& tag) override;

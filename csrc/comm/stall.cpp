@@ -24,6 +24,7 @@ struct Handlers {
   std::mutex mutex;
   std::function<void(const std::string&)> stall = write_to_stderr;
   std::function<void()> interrupt;
+  std::function<void(const std::function<void()>&)> guard;
 };
 
 Handlers& handlers() {
@@ -48,6 +49,23 @@ void Transport::set_stall_handler(std::function<void(const std::string&)> handle
 void Transport::set_interrupt_check(std::function<void()> check) {
   std::lock_guard<std::mutex> lock(handlers().mutex);
   handlers().interrupt = std::move(check);
+}
+
+void Transport::set_release_guard(std::function<void(const std::function<void()>&)> guard) {
+  std::lock_guard<std::mutex> lock(handlers().mutex);
+  handlers().guard = std::move(guard);
+}
+
+void release_guarded(const std::function<void()>& release) {
+  std::function<void(const std::function<void()>&)> guard;
+  {
+    std::lock_guard<std::mutex> lock(handlers().mutex);
+    guard = handlers().guard;
+  }
+  if (guard)
+    guard(release);
+  else
+    release();
 }
 
 StallWatch::StallWatch(const Options& options)

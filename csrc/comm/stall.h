@@ -25,4 +25,7 @@ class StallWatch {
   const std::chrono::steady_clock::time_point start_;
 };
 
+// Runs `release` under the release guard.
+void release_guarded(const std::function<void()>& release);
+
 }  // namespace ds::comm

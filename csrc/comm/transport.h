@@ -192,6 +192,8 @@ class Transport : public std::enable_shared_from_this<Transport> {
   static void set_stall_handler(std::function<void(const std::string&)> handler);
   // Called about ten times a second during a blocked wait, without locks; may throw to end the wait. One per process.
   static void set_interrupt_check(std::function<void()> check);
+  // Wraps the release of a process group, which joins threads that may need a lock of the caller's (Python's). One per process.
+  static void set_release_guard(std::function<void(const std::function<void()>& release)> guard);
 
  protected:
   Transport(int rank, int size, int64_t id, Device device, const Options& options);

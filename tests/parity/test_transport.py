@@ -305,6 +305,20 @@ def test_transports_can_be_dropped_at_any_time():
     with_fresh_ranks(check_del, 2)
 
 
+def check_last_owner():
+    for _ in range(30):
+        group = dist.new_group([0, 1])
+        transport = make("c10d", group)
+        dist.barrier(group)
+        dist.destroy_process_group(group)
+        del group
+        del transport  # now the last owner of the group, whose threads want the GIL while they end
+
+
+def test_a_transport_may_be_the_last_owner_of_its_group():
+    run(check_last_owner, 2)
+
+
 def with_fresh_ranks(function, ranks):
     """Ranks that are not used again."""
     from tests.parity.launch import Pool, _payload
