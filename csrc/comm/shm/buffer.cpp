@@ -45,7 +45,7 @@ ShmBuffer::~ShmBuffer() {
 
 void ShmBuffer::publish() {
   const BufferSite& mine = sites_[core_->rank];
-  ++epoch_;
+  if (++epoch_ == 1) parts_[core_->rank]->collapse();  // filled by now, and gathered from again and again
   core_->own().places[mine.place].word.store(place_word(mine.generation, static_cast<uint64_t>(epoch_)), std::memory_order_release);
   core_->notify();
 }

@@ -9,11 +9,16 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "base/error.h"
 
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
+#endif
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1
 #endif
 
 namespace ds::comm::shm {
@@ -74,6 +79,16 @@ void Mapping::drop(size_t begin, size_t bytes) const {
   const size_t first = begin / page_bytes() * page_bytes();
   const size_t last = std::min(up(begin + bytes, page_bytes()), up(bytes_, page_bytes()));
   if (last > first) ::madvise(data_ + first, last - first, MADV_DONTNEED);
+}
+
+void Mapping::collapse() const {
+  std::vector<unsigned char> resident(kHugePage / page_bytes());
+  for (size_t begin = 0; begin + kHugePage <= bytes_; begin += kHugePage) {
+    if (::mincore(data_ + begin, kHugePage, resident.data()) != 0) return;
+    const auto pages = std::count_if(resident.begin(), resident.end(), [](unsigned char page) { return (page & 1) != 0; });
+    if (static_cast<size_t>(pages) * 2 < resident.size()) continue;  // would make untouched pages resident
+    if (::madvise(data_ + begin, kHugePage, MADV_COLLAPSE) != 0 && errno == EINVAL) return;  // an older kernel
+  }
 }
 
 Heap::Heap(size_t head_bytes) : file_(File::anonymous()), end_(up(head_bytes, kHugePage)) {

@@ -38,6 +38,9 @@ class Mapping {
   size_t bytes() const { return bytes_; }
   // Unmaps the pages of [begin, begin + bytes) from this process; they stay in the file. A hint, never fails.
   void drop(size_t begin, size_t bytes) const;
+  // Puts what is mostly resident into huge pages, whoever maps it, also where the system does not give them to shared memory
+  // by itself. About 1 ms a MB, once; peers then map and drop 2 MB at a time (measured: gathers twice as fast). A hint.
+  void collapse() const;
 
  private:
   std::shared_ptr<File> file_;
