@@ -373,7 +373,9 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
         gc.collect()
 
     def destroy(self):
-        """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 lose their values."""
+        """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 lose their values. Collective."""
+        if self._managed is not None and not self._managed.closed:
+            self._managed.transports.shard.barrier("destroy")  # nobody may still be gathering from this rank
         if isinstance(self.optimizer, build.ShardedOptimizer):
             self.optimizer.destroy()
         if self._managed is not None:

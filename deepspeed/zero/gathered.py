@@ -65,5 +65,5 @@ class GatheredParameters:
             elif not store.shards_params or was_whole:
                 continue
             if not was_whole and not store.pins(home.unit):
-                store.release(home.unit)
+                store.release(home.unit, True)
         return False

@@ -4,7 +4,9 @@
 Note [Who holds whom]: the engine (or the zero.Init context) holds a ManagedModel; parameters, module hooks and graphs refer
 to it weakly. When it goes, sharded values go with it; replicated values stay with the parameters.
 """
+import atexit
 import itertools
+import sys
 import weakref
 
 import torch
@@ -15,6 +17,12 @@ from deepspeed.zero.status import ZeroParamStatus, ZeroParamType
 from deepspeed.zero.tensors import tensors_in
 
 _next_id = itertools.count()
+
+
+@atexit.register
+def _leave_memory_to_peers():
+    if "deepspeed._C" in sys.modules:
+        lib().set_exiting()
 
 
 class ParamHome:
@@ -99,6 +107,8 @@ class ManagedModel:
         # The store numbers parameters flat by flat; find each one's number by its name.
         number = {self.store.param_name(index): index for index in order}
         self.params.extend([None] * len(order))
+        for owner in dict.fromkeys(home.owner for home in previous if home is not None):
+            owner.transports.shard.barrier("moved")  # a peer may still be reading the slices that are dropped next
         for parameter, name, home in zip(plan.params, plan.names, previous):
             if home is not None:
                 home.owner.forget(home, parameter)

@@ -33,14 +33,31 @@ ShmBuffer::ShmBuffer(std::shared_ptr<Core> core, uint64_t id, const std::vector<
   data_ = parts_[core_->rank]->data();
 }
 
+namespace {
+std::atomic<bool> exiting_flag{false};
+}
+
+void set_exiting() { exiting_flag.store(true); }
+bool exiting() { return exiting_flag.load(); }
+
 ShmBuffer::~ShmBuffer() {
-  if (!core_->in_owner()) return;
+  // A process that ends normally leaves its last values readable: a peer may still be in its last evaluation.
+  if (!core_->in_owner() || exiting()) return;
   const BufferSite& mine = sites_[core_->rank];
-  core_->own().places[mine.place].word.store(place_word(mine.generation, kReleased), std::memory_order_seq_cst);
+  const uint64_t last = place_word(mine.generation, kReleased | static_cast<uint64_t>(epoch_));
+  core_->own().places[mine.place].word.store(last, std::memory_order_seq_cst);
   core_->notify();
-  // A peer that still has to read my bucket keeps the memory until it is done with the file; see Transport's Lifetime.
-  if (undrained.load() == 0) core_->heap().release(mine.heap_offset, mine.bytes);
+  // Who has not released it may still read my part: the last one gives everybody's memory back. Two who both think they are
+  // the last do no harm, since a heap never hands a range out again.
+  if (released_by_all())
+    for (int r = 0; r < core_->size; ++r) core_->member(r).file->discard(sites_[r].heap_offset, extent(sites_[r].bytes));
   core_->free_place(static_cast<int>(mine.place));
+}
+
+bool ShmBuffer::released_by_all() const {
+  for (int r = 0; r < core_->size; ++r)
+    if ((epoch_of(r) & kReleased) == 0) return false;
+  return true;
 }
 
 void ShmBuffer::publish() {
@@ -51,8 +68,8 @@ void ShmBuffer::publish() {
 }
 
 uint64_t ShmBuffer::epoch_of(int r) const {
-  const uint64_t word = core_->of(r).places[sites_[r].place].word.load(std::memory_order_acquire);
-  return word >> kEpochBits == sites_[r].generation ? word & kReleased : kReleased;
+  const uint64_t word = core_->of(r).places[sites_[r].place].word.load(std::memory_order_seq_cst);
+  return word >> kEpochBits == sites_[r].generation ? word & kGone : kGone;
 }
 
 void ShmBuffer::copy_from(int r, void* out, size_t offset, size_t bytes) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -17,6 +16,10 @@ struct BufferSite {
   uint64_t generation;
 };
 
+// The interpreter is about to end: memory that peers may still read is left to the kernel.
+void set_exiting();
+bool exiting();
+
 class ShmBuffer : public SymmetricBuffer {
  public:
   // Collective in two steps: reserve my part, exchange the sites, map everybody's.
@@ -28,16 +31,16 @@ class ShmBuffer : public SymmetricBuffer {
   uint64_t id() const { return id_; }
   const Core* core() const { return core_.get(); }
 
-  // Peers only. The published epoch; kReleased when rank r has released the buffer.
+  // Peers only. The published epoch, with the bit kReleased when rank r has released the buffer; kGone when that is long ago.
   uint64_t epoch_of(int r) const;
   const char* data_of(int r) const { return parts_[r]->data(); }  // read-only for peers' parts
 
   // Copies from rank r's part. Pages of peers are unmapped again once they add up, so that resident memory stays bounded.
   void copy_from(int r, void* out, size_t offset, size_t bytes);
 
-  std::atomic<int> undrained{0};  // my reductions out of this buffer that some peer may still read
-
  private:
+  bool released_by_all() const;
+
   struct Touched {
     size_t begin = 0;
     size_t end = 0;

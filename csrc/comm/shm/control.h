@@ -60,12 +60,14 @@ struct Activity {
 
 enum class RankState : uint32_t { Open, Closed, Failed };
 
-// Epoch of a buffer in its place, with the place's generation: a place is reused when its buffer is gone.
+// Epoch of a buffer in its place, with the place's generation: a place is reused when its buffer is gone. A released buffer
+// keeps its last epoch, beside a flag.
 struct Place {
   alignas(64) std::atomic<uint64_t> word;
 };
 inline constexpr uint64_t kEpochBits = 40;
-inline constexpr uint64_t kReleased = (uint64_t{1} << kEpochBits) - 1;
+inline constexpr uint64_t kReleased = uint64_t{1} << (kEpochBits - 1);
+inline constexpr uint64_t kGone = (uint64_t{1} << kEpochBits) - 1;  // released, and the place has a new owner
 inline uint64_t place_word(uint64_t generation, uint64_t epoch) { return generation << kEpochBits | epoch; }
 
 struct ControlBlock {

@@ -53,9 +53,9 @@ class ShmGather : public Work {
   void check() {
     for (int r = 0; r < transport_->size(); ++r) {
       const uint64_t theirs = r == transport_->rank() ? epoch_ : src_->epoch_of(r);
-      if (theirs == epoch_) continue;
+      if ((theirs & ~kReleased) == epoch_) continue;  // released or not, it holds what I need until I release it too
       const std::string who = "rank " + std::to_string(r);
-      transport_->fail(seq_, theirs == kReleased ? who + " released a buffer that rank " + std::to_string(transport_->rank()) +
+      transport_->fail(seq_, (theirs & kReleased) != 0 ? who + " released a buffer that rank " + std::to_string(transport_->rank()) +
                                                        " is gathering from"
                                                  : who + " published a buffer " + std::to_string(theirs) + " times before rank " +
                                                        std::to_string(transport_->rank()) + " had gathered version " +

@@ -49,6 +49,10 @@ std::shared_ptr<File> File::anonymous() {
   return std::make_shared<File>(fd);
 }
 
+void File::discard(size_t offset, size_t bytes) const {
+  ::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+}
+
 Mapping::Mapping(std::shared_ptr<File> file, size_t offset, size_t bytes, bool writable) : file_(std::move(file)), bytes_(bytes) {
   const int access = writable ? PROT_READ | PROT_WRITE : PROT_READ;
   const bool huge = bytes >= kHugePage;
@@ -102,10 +106,6 @@ size_t Heap::allocate(size_t bytes) {
            "cannot set aside " << bytes << " bytes of shared memory: " << std::strerror(errno));
   end_ = end;
   return offset;
-}
-
-void Heap::release(size_t offset, size_t bytes) {
-  ::fallocate(file_->fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(extent(bytes)));
 }
 
 }  // namespace ds::comm::shm

@@ -22,6 +22,7 @@ class File {
   int fd() const { return fd_; }
   int release() { return std::exchange(fd_, -1); }  // the descriptor is the caller's from now on
   static std::shared_ptr<File> anonymous();  // throws where the kernel refuses
+  void discard(size_t offset, size_t bytes) const;  // gives the memory of a range back; it reads as zeros from now on
 
  private:
   int fd_;
@@ -53,7 +54,6 @@ class Heap {
   explicit Heap(size_t head_bytes);  // `head_bytes` at offset 0 are the caller's
   const std::shared_ptr<File>& file() const { return file_; }
   size_t allocate(size_t bytes);               // an offset: page-aligned, from 2 MB up 2 MB-aligned
-  void release(size_t offset, size_t bytes);   // gives the memory of a range from allocate() back
 
  private:
   std::shared_ptr<File> file_;

@@ -57,7 +57,6 @@ std::shared_ptr<ReduceWork> ShmTransport::reduce_scatter(SymmetricBuffer& bucket
   work->number_ = number;
   Channel& words = core_->own().channels[channel];
   words.ring[number % kRing] = {mine->id(), offset, part_bytes, static_cast<uint64_t>(dtype)};
-  ++mine->undrained;
   queue.held.push_back({number, std::move(mine)});
   queue.waiting.push_back(work);
   ++outstanding_;
@@ -94,7 +93,6 @@ bool ShmTransport::all_done(int channel, uint64_t number) const { return Done(*c
 void ShmTransport::release_drained(int channel) {
   auto& held = queues_[channel].held;
   while (!held.empty() && all_done(channel, held.front().number)) {
-    --held.front().bucket->undrained;
     held.pop_front();
   }
 }
