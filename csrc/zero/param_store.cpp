@@ -209,7 +209,18 @@ void ParamStore::finish_gather(Unit& unit) {
   bind(unit, true);
 }
 
-void ParamStore::release(int index) {
+void ParamStore::part_from_holders(Unit& unit) {
+  for (int f : unit.flats) {
+    for (int index : flats_[f].params) {
+      Param& p = params_[index];
+      if (p.dropped || p.tensor.storage().use_count() == 1) continue;
+      p.tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(c10::Storage(
+          c10::Storage::use_byte_size_t(), 0, at::DataPtr(nullptr, device_), /*allocator=*/nullptr, /*resizable=*/false));
+    }
+  }
+}
+
+void ParamStore::release(int index, bool part) {
   Unit& unit = units_.at(index);
   unit.held_for_backward = false;
   if (!options_.shard_params || unit.persistent || unit.pins > 0 || unit.state == UnitState::Sharded) return;
@@ -219,10 +230,12 @@ void ParamStore::release(int index) {
   }
   const bool was_bound = unit.state == UnitState::Gathered;
   unit.state = UnitState::Sharded;
+  if (was_bound && part) part_from_holders(unit);
   if (was_bound) bind(unit, false);
   for (int f : unit.flats) {
     flats_[f].full = at::Tensor();
-    if (flats_[f].buffer.defined()) pool_.put(std::move(flats_[f].buffer));
+    // Memory that somebody else still looks at goes when they go.
+    if (flats_[f].buffer.defined() && flats_[f].buffer.use_count() == 1) pool_.put(std::move(flats_[f].buffer));
     flats_[f].buffer = at::Tensor();
   }
 }

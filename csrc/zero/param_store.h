@@ -19,6 +19,9 @@ namespace ds::zero {
 // Every managed parameter keeps one StorageImpl for life. Gathering points it into the unit's full buffer, freeing
 // points it at nothing; sizes and strides never change. Views that autograd saved share the StorageImpl, so they come
 // back with the next gather. Nobody but ParamStore::bind touches these pointers.
+// A tensor that a user takes out of a GatheredParameters block (on CPU `p.detach().cpu()` is one) shares the StorageImpl too
+// and may be read any time later. So at the end of such a block the StorageImpl stays with them, and the parameter gets a
+// new one.
 
 struct Param {
   at::Tensor tensor;
@@ -95,8 +98,9 @@ class ParamStore {
 
   // Makes the unit's parameters usable. With `prefetch` it only starts the transfer.
   void gather(int unit, const char* phase, bool prefetch = false);
-  // Frees a gathered unit unless it is persistent, pinned or replicated.
-  void release(int unit);
+  // Frees a gathered unit unless it is persistent, pinned or replicated. With `part_from_holders`, tensors that share a
+  // parameter's memory keep it, with the values it has now (see the Note); otherwise they lose it until the next gather.
+  void release(int unit, bool part_from_holders = false);
   void release_all();
   void pin(int unit) { ++units_.at(unit).pins; }
   void unpin(int unit);
@@ -136,6 +140,7 @@ class ParamStore {
   void fill_flat(Flat& flat, const UnitRequest& request, const std::vector<int>& members);
   void adopt_params(Flat& flat);
   void bind(Unit& unit, bool available);
+  void part_from_holders(Unit& unit);
   void finish_gather(Unit& unit);
 
   Groups groups_;

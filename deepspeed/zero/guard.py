@@ -66,23 +66,10 @@ def _tensors_in(value, found):
     return found
 
 
-def _in_init():
-    from deepspeed.zero.init import in_init
-    return in_init()
-
-
-def _while_building(func, freed, args, kwargs):
-    """Under zero.Init: works on the whole parameters, and keeps what rank 0 has written into them."""
-    from deepspeed.zero.gathered import GatheredParameters
-    before = [p._version for p in freed]
-    with GatheredParameters(freed):
-        out = func(*args, **kwargs)
-        for parameter, version in zip(freed, before):
-            if parameter._version != version:
-                home = parameter.ds_home
-                home.owner.store.broadcast_full(home.unit, 0)
-                home.owner.store.write_back(home.unit)
-    return out
+def _opened_in_init(freed):
+    """Under zero.Init the parameters become whole, and what is written into them counts."""
+    from deepspeed.zero.init import open_parameters
+    return open_parameters(freed)
 
 
 class Guarded:
@@ -94,14 +81,14 @@ class Guarded:
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is _REPR:
+        if func == _REPR:
             return _describe(args[0])
-        if func is _DATA_GET:
+        freed = _guarded_in((args, kwargs), [])
+        if _opened_in_init(freed):
+            return func(*args, **kwargs)
+        if func == _DATA_GET:  # a new wrapper at each access: equal, never the same
             with torch._C.DisableTorchFunctionSubclass():
                 return torch.empty(0, dtype=args[0].dtype, device=args[0].device)
-        freed = _guarded_in((args, kwargs), [])
-        if _in_init():
-            return _while_building(func, freed, args, kwargs)
         units = []
         for parameter in freed:
             if isinstance(parameter, Guarded):  # an earlier one may have brought it back

@@ -2,10 +2,15 @@
 """zero.Init: a model that is sharded while it is built, so that no rank ever holds all of it.
 
 A module's parameters are sharded when the module is put into its parent (torch tells by its registration hooks), the
-outermost module's when the context ends. Rank 0's values count. Functions that write a sharded parameter inside the context,
-such as torch.nn.init.*, work as on whole ones: the guard gathers it, and takes rank 0's result over.
+outermost module's when the context ends. Rank 0's values count.
+
+Note [Open parameters]: inside the context a sharded parameter that anybody touches, by torch.nn.init.*, arithmetic or `.data`,
+becomes whole and stays so, since what was taken out of it (a view, `.data`) may be written later. The least recently opened ones
+are cut again, with rank 0's values, when open ones exceed a budget; the rest when the context ends. All ranks touch the same
+parameters in the same order, so this is collective without being said.
 """
 import weakref
+from collections import OrderedDict
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -17,7 +22,10 @@ from deepspeed.zero.managed import ManagedModel, home_of
 from deepspeed.zero.transports import open_transports
 from deepspeed.zero.units import UnitPlan
 
+_OPEN_BUDGET_BYTES = 64 << 20
+
 _active = []        # contexts entered, outermost first
+_open_units = OrderedDict()   # (id of the owner, unit) -> (ParamHome, bytes), least recently opened first
 _transports = {}    # (group name, device) -> transports; contexts come and go, opening them costs a rendezvous
 
 
@@ -114,6 +122,7 @@ class Init:
         if _active:
             return False   # the outermost context does the work
         self._detach()
+        close_parameters(keep_values=kind is None)
         if kind is None:
             for reference in list(self._seen.values()):
                 module = reference()
@@ -171,12 +180,46 @@ def in_init():
     return bool(_active)
 
 
+def open_parameters(freed):
+    """Makes freed parameters whole until further notice; false, with nothing done, outside a context. See Note [Open parameters]."""
+    if not _active:
+        return False
+    for parameter in freed:
+        home = parameter.__dict__["ds_home"]
+        store, key = home.owner.store, (id(home.owner), home.unit)
+        if key in _open_units:
+            continue
+        store.gather(home.unit, "gather_init")
+        store.pin(home.unit)
+        _open_units[key] = (home, sum(store.full(flat).nbytes for flat in store.unit_flats(home.unit)))
+    while len(_open_units) > 1 and sum(size for _, size in _open_units.values()) > _OPEN_BUDGET_BYTES:
+        _close_unit(_open_units.popitem(last=False)[1][0], True)
+    return True
+
+
+def _close_unit(home, keep_values):
+    if not home.alive:
+        return
+    store = home.owner.store
+    if keep_values:
+        store.broadcast_full(home.unit, 0)
+        store.write_back(home.unit)
+    store.unpin(home.unit)
+    store.release(home.unit, True)
+
+
+def close_parameters(keep_values=True):
+    while _open_units:
+        _close_unit(_open_units.popitem(last=False)[1][0], keep_values)
+
+
 def shutdown_init_context():
     """Suspends running contexts, so that modules built now are plain; returns what restore_init_context() takes."""
     suspended = list(_active)
     if suspended:
         suspended[0]._detach()
         _active.clear()
+        close_parameters()
     return suspended
 
 
