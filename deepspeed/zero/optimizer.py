@@ -8,6 +8,7 @@ import torch
 
 from deepspeed.telemetry import logger
 from deepspeed.zero.managed import home_of
+from deepspeed.zero.muon_step import MuonStep
 from deepspeed.zero.stepper import ClientStep, FusedStep, recognise
 
 
@@ -61,7 +62,9 @@ class ShardedOptimizer(ZeROOptimizer):
                 self._where[segment.param] = (number, segment)
         self._swap_params()
         known = recognise(optimizer) if options.fuse else None
-        if known is not None:
+        if type(optimizer).__name__ == "MuonWithAuxAdam":
+            self.stepper = MuonStep(optimizer, self.slices, managed, group_of, options.partial_slices)
+        elif known is not None:
             kind, decoupled = known
             transport = managed.transports.shard if options.partial_slices else None
             self.stepper = FusedStep(optimizer, self.slices, kind, decoupled, managed.store.params, transport)
