@@ -214,6 +214,7 @@ void bind_reducer(py::module_& m) {
       .def("gather_grads", &GradReducer::gather_grads, Release())
       .def("zero", &GradReducer::zero, Release())
       .def("find_bad", [](GradReducer& r) { return py::make_tuple(r.find_bad().param, r.find_bad().rank); })
+      .def("unused", &GradReducer::unused)
       .def("ensure_grads", &GradReducer::ensure_grads, Release())
       .def("grad", &GradReducer::grad)
       .def("grad_slice", &GradReducer::grad_slice)
@@ -232,6 +233,7 @@ void bind_hooks(py::module_& m) {
       .def("leave", &UnitScheduler::leave, Release())
       .def("enter_backward", &UnitScheduler::enter_backward, Release())
       .def("end_backward", &UnitScheduler::end_backward, Release())
+      .def("share", &UnitScheduler::share)
       .def("shadow_forward", &UnitScheduler::shadow_forward, Release())
       .def("shadow_backward", &UnitScheduler::shadow_backward, Release())
       .def_property_readonly("in_forward", &UnitScheduler::in_forward);

@@ -74,6 +74,7 @@ void GradReducer::begin_round() {
   DS_CHECK(refusal_.empty(), refusal_);
   ensure_accumulators();
   in_round_ = true;
+  unused_.clear();
   next_ = 0;
   round_scale_ = post_scale_;
   for (int f : order_) {
@@ -172,6 +173,7 @@ void GradReducer::fill_missing(int f) {
     if (s.arrived[slot]) continue;
     s.bucket.narrow(0, flat.layout.slots[slot].offset, flat.layout.slots[slot].numel).zero_();
     s.arrived[slot] = 1;
+    unused_.push_back(flat.params[slot]);
   }
   s.missing = 0;
 }

@@ -67,6 +67,8 @@ class GradReducer {
   // Forgets the accumulated gradients.
   void zero();
   BadGradient find_bad() const { return bad_; }
+  // Parameters (store indices) that got no gradient on this rank in the last round.
+  const std::vector<int>& unused() const { return unused_; }
 
   // The fp32 accumulator of a flat: my slice, or all of it with replicate_grads. Undefined before the first gradient.
   at::Tensor grad(int flat);
@@ -121,6 +123,7 @@ class GradReducer {
   double round_scale_ = 1.0;
   std::string refusal_;
   BadGradient bad_;
+  std::vector<int> unused_;
   std::recursive_mutex mutex_;        // hooks may come from several autograd threads
 };
 

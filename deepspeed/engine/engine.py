@@ -201,8 +201,19 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
             raise
         finally:
             self._set_default_scale()
+        self._refuse_unused()
         self.timers(_BACKWARD).stop()
         return result
+
+    def _refuse_unused(self):
+        """zero_optimization.ignore_unused_parameters false: every trained parameter must get a gradient."""
+        zero = self._config.zero_optimization
+        if zero.ignore_unused_parameters or zero.stage not in (1, 2):
+            return
+        store, unused = self._managed.store, self._managed.reducer.unused()
+        if unused:
+            raise AssertionError("parameters without a gradient: " + ", ".join(repr(store.param_name(i)) for i in unused[:8]) +
+                                 ("..." if len(unused) > 8 else "") + "; zero_optimization.ignore_unused_parameters is false")
 
     def scale(self, loss):
         """The loss times the fp16 loss scale, for a plain `.backward()` of one's own."""
