@@ -18,6 +18,15 @@ bool UnitScheduler::sharded(int unit) const {
   return store_.options().shard_params && !u.persistent && u.alive_params > 0;
 }
 
+bool UnitScheduler::held(int unit) const {
+  return matching_ && static_cast<size_t>(unit) < shared_.size() && shared_[unit] != 0;
+}
+
+void UnitScheduler::share(int unit) {
+  if (shared_.size() <= static_cast<size_t>(unit)) shared_.resize(unit + 1, 0);
+  shared_[unit] = 1;
+}
+
 void UnitScheduler::begin_forward() {
   if (forward_depth_++ > 0) return;
   forward_next_ = 0;
@@ -43,7 +52,7 @@ void UnitScheduler::start_up_to(int unit) {
 void UnitScheduler::start_down_to(int unit) {
   for (; backward_next_ >= unit; --backward_next_) {
     const int u = backward_next_;
-    if (!sharded(u)) continue;
+    if (!sharded(u) || held(u)) continue;
     store_.gather(u, kBackward, /*prefetch=*/true);
     if (u > unit) leave_backward(u);
   }
@@ -71,23 +80,28 @@ void UnitScheduler::enter(int unit) {
 
 void UnitScheduler::leave(int unit) {
   const Unit& u = store_.units()[unit];
-  if (!u.held_for_backward) store_.release(unit);
+  if (!u.held_for_backward && !(forward_depth_ > 0 && held(unit))) store_.release(unit);
 }
 
 void UnitScheduler::begin_backward() {
   if (in_backward_) return;
   in_backward_ = true;
   backward_next_ = static_cast<int>(store_.units().size()) - 1;
+  for (int u = backward_next_; u >= 0; --u) {
+    if (!sharded(u) || !held(u)) continue;
+    store_.gather(u, kBackward, /*prefetch=*/true);
+    store_.units()[u].held_for_backward = true;
+  }
 }
 
 void UnitScheduler::enter_backward(int unit) {
   if (!sharded(unit)) return;
-  if (matching_ && in_backward_ && unit <= backward_next_) start_down_to(unit);
+  if (matching_ && in_backward_ && unit <= backward_next_ && !held(unit)) start_down_to(unit);
   store_.gather(unit, kBackward);
   store_.units()[unit].held_for_backward = true;
-  if (!matching_ || !in_backward_) return;
+  if (!matching_ || !in_backward_ || held(unit)) return;
   int next = unit - 1;
-  while (next >= 0 && !sharded(next)) --next;
+  while (next >= 0 && (!sharded(next) || held(next))) --next;
   if (next >= 0 && next <= backward_next_) {
     store_.gather(next, kBackward, /*prefetch=*/true);
     backward_next_ = next - 1;
@@ -95,6 +109,7 @@ void UnitScheduler::enter_backward(int unit) {
 }
 
 void UnitScheduler::leave_backward(int unit) {
+  if (in_backward_ && held(unit)) return;
   store_.units()[unit].held_for_backward = false;
   store_.release(unit);
 }

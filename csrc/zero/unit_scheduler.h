@@ -12,11 +12,16 @@ namespace ds::zero {
 // Note [The same list on every rank]
 // Where the carrier needs all ranks to gather in one order (needs_matching_order), a forward gathers every unit in
 // ascending order and a backward in descending order, whether this rank uses it or not: entering a unit first starts
-// all units that come before it. Units that are entered again, or out of order, are gathered once more; every rank that
-// runs the same code does the same. A carrier that pulls (shared memory) skips all of that.
+// all units that come before it. A unit that several modules share (tied weights) would break that order at its second
+// use: it stays gathered to the end of the forward, is the first to be gathered in backward, and stays to its end. Other
+// units that are entered again, or out of order, are gathered once more; every rank that runs the same code does the
+// same. A carrier that pulls (shared memory) skips all of that.
 class UnitScheduler {
  public:
   explicit UnitScheduler(ParamStore& store);
+
+  // More than one module uses the unit. The same calls on every rank.
+  void share(int unit);
 
   // A forward of the outermost module begins / ends. Ends are safe to repeat.
   void begin_forward();
@@ -37,6 +42,7 @@ class UnitScheduler {
 
  private:
   bool sharded(int unit) const;
+  bool held(int unit) const;      // shared, and the carrier wants one order
   void start_up_to(int unit);     // ascending
   void start_down_to(int unit);   // descending
   void use(int unit, const char* phase);
@@ -48,6 +54,7 @@ class UnitScheduler {
   int backward_next_ = -1;        // last unit the running backward has not started
   bool in_backward_ = false;
   std::vector<uint8_t> entered_;  // used since the pass began
+  std::vector<uint8_t> shared_;   // by unit; shorter than the list of units: the rest is not
 };
 
 }  // namespace ds::zero

@@ -54,11 +54,29 @@ class ParamHome:
                 f"{function} was called on parameter '{self.name}', which is sharded by ZeRO-3 and not gathered on this rank: "
                 f"wrap the access in `with deepspeed.zero.GatheredParameters([parameter]):` on all ranks")
         owner.scheduler.enter(self.unit)
+        if self.unit not in owner.borrowed:
+            owner.borrowed.append(self.unit)
 
     def watch(self, outputs):
         owner = self.owner
         if owner.hooks is not None:
             owner.hooks.watch_outputs([self.unit], [t for t in outputs if t.requires_grad])
+
+
+class _Hook:
+    """A hook on a module, for as long as its ManagedModel lives. Copies and pickles of the module carry one that does nothing."""
+
+    def __init__(self, owner=None, body=None):
+        self._owner = weakref.ref(owner) if owner is not None else None
+        self._body = body
+
+    def __call__(self, *args):
+        owner = self._owner() if self._owner is not None else None
+        if owner is not None and not owner.closed:
+            self._body(owner, *args)
+
+    def __reduce__(self):
+        return _Hook, ()
 
 
 def home_of(parameter):
@@ -85,7 +103,7 @@ class ManagedModel:
         self.params = []          # Python parameters by store index
         self.closed = False
         self._handles = []
-        self._sharded_classes = {}
+        self.borrowed = []        # units that the running forward uses outside the modules they were planned for
 
     # ---- filling
 
@@ -171,7 +189,7 @@ class ManagedModel:
     def install_unit_hooks(self, plan, units):
         """Gathers units before the modules that use them run, and frees them after."""
         self._reinstall = (plan, units)
-        enter, leave = {}, {}
+        enter, leave, done = {}, {}, {}
         modules = {}
         index_of = {id(p): unit for unit, u in zip(units, plan.units) for p in u.params}
 
@@ -188,6 +206,9 @@ class ManagedModel:
                 note(enter, module, unit)
             note(leave, u.hooked[-1], unit)
             note(leave, u.scope, unit)
+            # Backward meets the unit's modules in reverse: it is done with all of them at the first one's inputs.
+            note(done, u.hooked[0], unit)
+            note(done, u.scope, unit)
         hooked_of = dict(zip(units, (u.hooked for u in plan.units)))
         for module, parameter in plan.uses:
             unit = index_of.get(id(parameter))
@@ -195,55 +216,53 @@ class ManagedModel:
                 continue
             if any(module is inner for outer in hooked_of[unit] for inner in outer.modules()):
                 continue  # runs inside a module that holds the unit anyway, and must not free it
+            self.scheduler.share(unit)
             note(enter, module, unit)
             note(leave, module, unit)
+            note(done, module, unit)
         for key, module in modules.items():
-            self._hook_module(module, enter.get(key, []), leave.get(key, []))
+            self._hook_module(module, enter.get(key, []), leave.get(key, []), done.get(key, []))
 
-    def _hook_module(self, module, enter, leave):
-        me = weakref.ref(self)
+    def _hook_module(self, module, enter, leave, done):
+        """enter, leave: units gathered before and freed after the forward. done: units freed when backward reaches the inputs."""
 
-        def before(module, args):
-            owner = me()
-            if owner is not None and not owner.closed:
-                for unit in enter:
-                    owner.scheduler.enter(unit)
+        def before(owner, module, args):
+            for unit in enter:
+                owner.scheduler.enter(unit)
 
-        def after(module, args, kwargs, output):
-            owner = me()
-            if owner is None or owner.closed:
-                return
-            if torch.is_grad_enabled() and owner.hooks is not None and enter:
-                owner.hooks.watch_outputs(enter, [t for t in tensors_in(output) if t.requires_grad])
-                inputs = [t for t in tensors_in(args) + tensors_in(kwargs) if t.requires_grad]
-                owner.hooks.watch_inputs(enter, [t for t in inputs if not isinstance(t, torch.nn.Parameter)])
+        def after(owner, module, args, kwargs, output):
+            if torch.is_grad_enabled() and owner.hooks is not None:
+                used = enter + [unit for unit in owner.borrowed if unit not in enter]
+                if used:
+                    owner.hooks.watch_outputs(used, [t for t in tensors_in(output) if t.requires_grad])
+                if done:
+                    inputs = [t for t in tensors_in(args) + tensors_in(kwargs) if t.requires_grad]
+                    owner.hooks.watch_inputs(done, [t for t in inputs if not isinstance(t, torch.nn.Parameter)])
             for unit in leave:
                 owner.scheduler.leave(unit)
 
         if enter:
-            self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(_Hook(self, before)))
+        self._handles.append(module.register_forward_hook(_Hook(self, after), with_kwargs=True))
 
     def install_root_hooks(self, model):
-        me = weakref.ref(self)
         self._root = weakref.ref(model)
 
-        def before(module, args):
-            owner = me()
-            if owner is not None and not owner.closed:
-                owner.scheduler.begin_forward()
+        def before(owner, module, args):
+            owner.scheduler.begin_forward()
 
-        def after(module, args, kwargs, output):
-            owner = me()
-            if owner is None or owner.closed:
-                return
+        def after(owner, module, args, kwargs, output):
             if output is not None and torch.is_grad_enabled() and owner.hooks is not None:
-                owner.hooks.watch_root([t for t in tensors_in(output) if t.requires_grad])
+                results = [t for t in tensors_in(output) if t.requires_grad]
+                if owner.borrowed:
+                    owner.hooks.watch_outputs(owner.borrowed, results)
+                owner.hooks.watch_root(results)
+            owner.borrowed = []
             owner.scheduler.end_forward()
 
         # In front of all other hooks of the root, and behind them; also when the forward raises.
-        self._handles.append(model.register_forward_pre_hook(before, prepend=True))
-        self._handles.append(model.register_forward_hook(after, with_kwargs=True, always_call=True))
+        self._handles.append(model.register_forward_pre_hook(_Hook(self, before), prepend=True))
+        self._handles.append(model.register_forward_hook(_Hook(self, after), with_kwargs=True, always_call=True))
 
     def reinstall_hooks(self):
         """Puts the hooks back that a caller took off."""
