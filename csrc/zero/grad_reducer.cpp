@@ -90,8 +90,9 @@ void GradReducer::on_grad(int param, const at::Tensor& grad) {
   at::NoGradGuard no_grad;
   const Param& p = store_.params()[param];
   FlatState& s = flats_[p.flat];
-  DS_CHECK(grad.sizes() == p.tensor.sizes(), "the gradient of parameter '" << p.name << "' has shape " << grad.sizes() << ", the parameter "
-                                                << p.tensor.sizes() << ": was the parameter resized after initialize()?");
+  DS_CHECK(grad.sizes() == at::IntArrayRef(p.sizes), "the gradient of parameter '" << p.name << "' has shape " << grad.sizes()
+                                                         << ", but its shape is " << at::IntArrayRef(p.sizes)
+                                                         << ", fixed when the engine was built");
   if (deferred_) {
     DS_CHECK(refusal_.empty(), refusal_);
     ensure_accumulators();

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <sstream>
 
 #include "base/checked.h"
 #include "base/error.h"
@@ -153,16 +154,51 @@ void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::ve
 
 // Gives each parameter a StorageImpl of its own that points into flat.full.
 void ParamStore::adopt_params(Flat& flat) {
-  const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
-  for (size_t slot = 0; slot < flat.params.size(); ++slot) {
-    at::Tensor& p = params_[flat.params[slot]].tensor;
-    char* data = static_cast<char*>(flat.full.data_ptr()) + flat.layout.slots[slot].offset * es;
-    const auto options = at::TensorOptions().dtype(flat.dtype).device(device_);
-    const auto keep = [home = flat.home, buffer = flat.buffer](void*) {};
-    at::Tensor fresh = p.is_non_overlapping_and_dense() ? at::from_blob(data, p.sizes(), p.strides(), keep, options)
-                                                        : at::from_blob(data, p.sizes(), keep, options);
-    p.set_data(fresh);
+  for (int index : flat.params) {
+    Param& p = params_[index];
+    p.sizes = p.tensor.sizes().vec();
+    if (p.tensor.is_non_overlapping_and_dense()) p.strides = p.tensor.strides().vec();
+    adopt_param(flat, p);
   }
+}
+
+void ParamStore::adopt_param(Flat& flat, Param& p) {
+  char* data = static_cast<char*>(flat.full.data_ptr()) + flat.layout.slots[p.slot].offset * static_cast<int64_t>(c10::elementSize(flat.dtype));
+  const auto options = at::TensorOptions().dtype(flat.dtype).device(device_);
+  const auto keep = [home = flat.home, buffer = flat.buffer](void*) {};
+  p.tensor.set_data(p.strides.empty() ? at::from_blob(data, p.sizes, keep, options) : at::from_blob(data, p.sizes, p.strides, keep, options));
+}
+
+bool ParamStore::take_replaced(int index, bool keep) {
+  at::NoGradGuard no_grad;
+  bool found = false;
+  std::string problem;
+  for (int f : units_.at(index).flats) {
+    Flat& flat = flats_[f];
+    if (!flat.full.defined()) continue;
+    const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
+    for (int number : flat.params) {
+      Param& p = params_[number];
+      const plan::Slot& slot = flat.layout.slots[p.slot];
+      if (p.dropped || slot.numel == 0 || (p.tensor.scalar_type() == flat.dtype &&
+                                           p.tensor.data_ptr() == static_cast<char*>(flat.full.data_ptr()) + slot.offset * es)) continue;
+      found = true;
+      const at::Tensor theirs = p.tensor.detach();
+      adopt_param(flat, p);
+      if (theirs.sizes() != at::IntArrayRef(p.sizes)) {
+        if (problem.empty()) {
+          std::ostringstream text;
+          text << "parameter '" << p.name << "' was given data of shape " << theirs.sizes() << ", but its shape is "
+               << at::IntArrayRef(p.sizes) << ", fixed when the engine was built";
+          problem = text.str();
+        }
+      } else if (keep) {
+        p.tensor.detach().copy_(theirs);
+      }
+    }
+  }
+  DS_CHECK(problem.empty(), problem);
+  return found;
 }
 
 void ParamStore::bind(Unit& unit, bool available) {
@@ -229,6 +265,7 @@ void ParamStore::release(int index, bool part) {
     flats_[f].gathering.reset();
   }
   const bool was_bound = unit.state == UnitState::Gathered;
+  if (was_bound) take_replaced(index, /*keep=*/false);
   unit.state = UnitState::Sharded;
   if (was_bound && part) part_from_holders(unit);
   if (was_bound) bind(unit, false);
@@ -253,6 +290,7 @@ void ParamStore::unpin(int index) {
 void ParamStore::broadcast_full(int index, int src) {
   Unit& unit = units_.at(index);
   DS_CHECK(unit.state == UnitState::Gathered, "unit '" << unit.name << "' must be gathered before its values are broadcast");
+  take_replaced(index, /*keep=*/true);
   if (groups_.world->size() == 1) return;
   for (int f : unit.flats) {
     const int64_t bytes = flats_[f].full.numel() * static_cast<int64_t>(flats_[f].full.element_size());
@@ -260,16 +298,29 @@ void ParamStore::broadcast_full(int index, int src) {
   }
 }
 
-void ParamStore::write_back(int index) {
+void ParamStore::adopt_replaced() {
+  for (size_t u = 0; u < units_.size(); ++u) {
+    if (units_[u].state == UnitState::Gathered && take_replaced(static_cast<int>(u), /*keep=*/true)) copy_back(units_[u]);
+  }
+}
+
+void ParamStore::copy_back(Unit& unit) {
   at::NoGradGuard no_grad;
-  Unit& unit = units_.at(index);
-  DS_CHECK(unit.state == UnitState::Gathered, "unit '" << unit.name << "' must be gathered before its values are taken over");
   for (int f : unit.flats) {
     Flat& flat = flats_[f];
     const at::Tensor mine = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
     if (options_.shard_params) flat.shard.copy_(mine);
     if (flat.master.defined()) flat.master.copy_(options_.full_master ? flat.full : mine);
   }
+}
+
+void ParamStore::write_back(int index) {
+  Unit& unit = units_.at(index);
+  DS_CHECK(unit.state == UnitState::Gathered, "unit '" << unit.name << "' must be gathered before its values are taken over");
+  take_replaced(index, /*keep=*/true);
+  // A peer may still be gathering what my slices hold now.
+  if (groups_.world->size() > 1) groups_.world->barrier(tag("write_back", index, 0));
+  copy_back(unit);
   for (int f : unit.flats) flats_[f].home->publish();
 }
 

@@ -28,6 +28,7 @@ struct Param {
   std::string name;
   int flat = -1;
   int slot = -1;
+  std::vector<int64_t> sizes, strides;   // strides: empty when contiguous
   bool dropped = false;   // taken over by another store (the module was wrapped again)
 };
 
@@ -102,13 +103,18 @@ class ParamStore {
   // parameter's memory keep it, with the values it has now (see the Note); otherwise they lose it until the next gather.
   void release(int unit, bool part_from_holders = false);
   void release_all();
+  // Parameters whose `.data` somebody has set to a tensor of his own point into the unit again; with `keep` the new values come
+  // with them. Throws, after repairing all, when one had another shape.
+  bool take_replaced(int unit, bool keep);
   void pin(int unit) { ++units_.at(unit).pins; }
   void unpin(int unit);
 
   // Collective over the shard group: rank `src`'s full values of this gathered unit become everyone's.
   void broadcast_full(int unit, int src);
-  // Copies the full values of a gathered unit into my shard (and master), and tells the peers.
+  // Collective. Copies the full values of a gathered unit into my shard (and master), and tells the peers.
   void write_back(int unit);
+  // Between reduction and update: what take_replaced finds in gathered units counts. Local.
+  void adopt_replaced();
   // After my shards changed: makes them visible to the peers, then refreshes every unit that stays gathered.
   void publish_all();
   void refresh_full();
@@ -139,7 +145,9 @@ class ParamStore {
   int add_flat(int unit, const UnitRequest& request, const std::vector<int>& members);
   void fill_flat(Flat& flat, const UnitRequest& request, const std::vector<int>& members);
   void adopt_params(Flat& flat);
+  void adopt_param(Flat& flat, Param& p);
   void bind(Unit& unit, bool available);
+  void copy_back(Unit& unit);
   void part_from_holders(Unit& unit);
   void finish_gather(Unit& unit);
 

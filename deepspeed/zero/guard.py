@@ -36,6 +36,7 @@ def _metadata_functions():
 _METADATA = _metadata_functions()
 _DATA_GET = _T.data.__get__
 _REPR = _T.__repr__
+_FORMAT = _T.__format__
 
 
 def _describe(parameter):
@@ -83,6 +84,8 @@ class Guarded:
                 return func(*args, **kwargs)
         if func == _REPR:
             return _describe(args[0])
+        if func == _FORMAT:
+            return format(_describe(args[0]), *args[1:])
         freed = _guarded_in((args, kwargs), [])
         if _opened_in_init(freed):
             return func(*args, **kwargs)

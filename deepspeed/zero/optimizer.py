@@ -148,6 +148,7 @@ class ShardedOptimizer(ZeROOptimizer):
         """One update from the gradients reduced so far; skipped, with `overflow` set, when they are not finite."""
         loss = closure() if closure is not None else None
         sum_squares, bad, _ = self._reduced_stats()
+        self.managed.store.adopt_replaced()
         self.overflow = bool(bad) or not math.isfinite(sum_squares)
         if self.overflow:
             self._skip()
