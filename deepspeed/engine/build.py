@@ -3,6 +3,7 @@
 import torch
 
 from deepspeed._native import lib
+from deepspeed.device.host_memory import trim_heap
 from deepspeed.precision.loss_scaler import scaler_for
 from deepspeed.telemetry import logger
 from deepspeed.zero.managed import ManagedModel, home_of
@@ -49,6 +50,7 @@ def manage(model, config, layout, device, group, trained):
              for unit in plan.units]
     _move_rest(model, device)
     managed.store.trim_pool()
+    trim_heap()
     managed.install_unit_hooks(plan, units)
     managed.install_root_hooks(model)
     return managed

@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 from deepspeed import comm
 from deepspeed.config import load_config
 from deepspeed.device import get_accelerator
+from deepspeed.device.host_memory import trim_heap
 from deepspeed.zero.managed import ManagedModel, home_of
 from deepspeed.zero.transports import open_transports
 from deepspeed.zero.units import UnitPlan
@@ -26,6 +27,7 @@ _OPEN_BUDGET_BYTES = 64 << 20
 
 _active = []        # contexts entered, outermost first
 _open_units = OrderedDict()   # (id of the owner, unit) -> (ParamHome, bytes), least recently opened first
+_TRIM_NUMEL = 1 << 24   # sharded elements after which the heap is returned to the system
 _transports = {}    # (group name, device) -> transports; contexts come and go, opening them costs a rendezvous
 
 
@@ -64,6 +66,7 @@ class Init:
         self._owner = None
         self._hooks = []
         self._seen = {}
+        self._freed_numel = 0
         self._modes = []
         if module is not None:
             self._shard_tree(module)
@@ -94,6 +97,10 @@ class Init:
         plan = UnitPlan(type(module).__name__, list(own), list(own.values()), [], module, sum(p.numel() for p in own.values()))
         owner.add_unit(plan, self._target, lambda p: False, keep_master=False, persistent_numel=-1)
         module.__dict__["_ds_zero_owner"] = owner   # as long as a module lives, its shards do
+        self._freed_numel += plan.numel
+        if self._freed_numel >= _TRIM_NUMEL:
+            self._freed_numel = 0
+            trim_heap()
 
     def _target(self, parameter):
         return self.dtype if self.dtype is not None and parameter.is_floating_point() else parameter.dtype
@@ -104,7 +111,10 @@ class Init:
 
     def _hand_over(self):
         self._seen = {}
+        if self._owner is not None and not self._owner.closed:
+            self._owner.store.trim_pool()
         self._owner = None
+        trim_heap()
 
     # ---- the context
 
