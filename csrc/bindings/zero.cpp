@@ -132,6 +132,7 @@ void bind_store(py::module_& m) {
            py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"))
       .def("gather", [](PyStore& s, int unit, const std::string& phase) { s.gather(unit, comm::intern(phase)); }, Release())
       .def("release", &PyStore::release, py::arg("unit"), py::arg("part_from_holders") = false, Release())
+      .def("check_shapes", &PyStore::check_shapes, Release())
       .def("adopt_replaced", &PyStore::adopt_replaced, Release())
       .def("release_all", &PyStore::release_all, Release())
       .def("pin", &PyStore::pin)

@@ -39,6 +39,13 @@ at::Tensor slot_view(const at::Tensor& full, int64_t offset, const at::Tensor& l
   return flat.view(like.sizes());
 }
 
+std::string changed_shape(const Param& p, const at::Tensor& now) {
+  std::ostringstream text;
+  text << "parameter '" << p.name << "' was given data of shape " << now.sizes() << ", but its shape is " << at::IntArrayRef(p.sizes)
+       << ", fixed when the engine was built";
+  return text.str();
+}
+
 }  // namespace
 
 ParamStore::ParamStore(Groups groups, at::Device device, StoreOptions options)
@@ -186,12 +193,7 @@ bool ParamStore::take_replaced(int index, bool keep) {
       const at::Tensor theirs = p.tensor.detach();
       adopt_param(flat, p);
       if (theirs.sizes() != at::IntArrayRef(p.sizes)) {
-        if (problem.empty()) {
-          std::ostringstream text;
-          text << "parameter '" << p.name << "' was given data of shape " << theirs.sizes() << ", but its shape is "
-               << at::IntArrayRef(p.sizes) << ", fixed when the engine was built";
-          problem = text.str();
-        }
+        if (problem.empty()) problem = changed_shape(p, theirs);
       } else if (keep) {
         p.tensor.detach().copy_(theirs);
       }
@@ -295,6 +297,12 @@ void ParamStore::broadcast_full(int index, int src) {
   for (int f : unit.flats) {
     const int64_t bytes = flats_[f].full.numel() * static_cast<int64_t>(flats_[f].full.element_size());
     groups_.world->broadcast(flats_[f].full.data_ptr(), static_cast<size_t>(bytes), src, tag("broadcast", index, bytes));
+  }
+}
+
+void ParamStore::check_shapes() const {
+  for (const Param& p : params_) {
+    if (!p.dropped) DS_CHECK(p.tensor.sizes() == at::IntArrayRef(p.sizes), changed_shape(p, p.tensor));
   }
 }
 

@@ -113,6 +113,8 @@ class ParamStore {
   void broadcast_full(int unit, int src);
   // Collective. Copies the full values of a gathered unit into my shard (and master), and tells the peers.
   void write_back(int unit);
+  // Throws, naming the parameter, when somebody has given one data of another shape.
+  void check_shapes() const;
   // Between reduction and update: what take_replaced finds in gathered units counts. Local.
   void adopt_replaced();
   // After my shards changed: makes them visible to the peers, then refreshes every unit that stays gathered.

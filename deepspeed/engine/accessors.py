@@ -192,8 +192,12 @@ class ConfigAccessors:
     get_tensor_parallel_rank = get_model_parallel_rank
 
     def get_sequence_parallel_group(self):
+        """The group over which sequences are cut; None when they are not."""
         from deepspeed.comm import groups
-        return groups._get_sequence_parallel_group()
+        try:
+            return groups._get_sequence_parallel_group()
+        except KeyError:
+            return None
 
     def all_gather_scalar(self, value, dp_group=None):
         """The value of every data-parallel rank, as a list of one-element tensors."""

@@ -7,7 +7,7 @@ def full_state_dict(module, keep, exclude_frozen=False):
     """Parameters and persistent buffers on the CPU where `keep` is true, else None. Tied parameters share one tensor. Collective
     when the model is sharded."""
     state, copies = {}, {}
-    for prefix, owner in module.named_modules():
+    for prefix, owner in module.named_modules(remove_duplicate=False):
         dot = prefix + "." if prefix else ""
         parameters = {name: p for name, p in owner._parameters.items() if p is not None and not (exclude_frozen and not p.requires_grad)}
         with GatheredParameters(list(parameters.values())):

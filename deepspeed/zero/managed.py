@@ -249,6 +249,7 @@ class ManagedModel:
         self._root = weakref.ref(model)
 
         def before(owner, module, args):
+            owner.store.check_shapes()
             owner.scheduler.begin_forward()
 
         def after(owner, module, args, kwargs, output):

@@ -66,6 +66,11 @@ class MuonStep:
         target.mul_(1 - group["lr"] * group.get("weight_decay", 0.0))
         target.add_(matrix.reshape(-1)[begin:begin + seg.numel].to(target.dtype), alpha=-group["lr"])
 
+    def has_state(self, param, key):
+        """Whether the parameter with this number in the store has the state, the same answer on every rank."""
+        muon = any(param == index for index, _, _ in self._matrices)
+        return self.steps > 0 and (key == "momentum_buffer" if muon else key in self._adam.state_names())
+
     def state_of(self, segment_slice, segment, key):
         if segment.param in self._momentum:
             return self._momentum[segment.param] if key == "momentum_buffer" else None

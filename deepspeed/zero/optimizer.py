@@ -313,10 +313,13 @@ class ShardedOptimizer(ZeROOptimizer):
             if not reducer.has_grad(flat):
                 return None
             if not self.options.partial_slices:
+                shard = self.managed.transports.shard  # nobody may change what a peer still reads, before or after
+                shard.barrier("read_grads")
                 reducer.gather_grads()
+                shard.barrier("read_grads")
+        if kind == "state" and not self.stepper.has_state(home.index, key):
+            return None
         if entry is None:  # my slice is empty; another rank's is not
-            if kind == "state" and not self.stepper.steps:
-                return None
             return torch.empty(0, device=self.managed.device)
         number, segment = entry
         s = self.slices[number]

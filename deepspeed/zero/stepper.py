@@ -61,6 +61,9 @@ def hyper_of(group, step, kind, decoupled_of, defaults):
     return h
 
 
+_ALIASES = {"sum": "exp_avg_sq"}  # torch's Adagrad
+
+
 class FusedStep:
     """Our step: state lies in C++, the optimizer object keeps the hyperparameters and shows the state."""
 
@@ -95,15 +98,13 @@ class FusedStep:
                 for name, state in zip(names, states):
                     entry[name] = state.narrow(0, segment.begin, segment.numel)
 
+    def has_state(self, param, key):
+        """Whether the state exists, the same answer on every rank."""
+        return self.steps > 0 and _ALIASES.get(key, key) in self.state_names
+
     def state_of(self, segment_slice, segment, key):
         states = self.native.states(segment_slice)
-        if not states:
-            return None
-        aliases = {"sum": "exp_avg_sq"}
-        key = aliases.get(key, key)
-        if key not in self.state_names:
-            return None
-        return states[self.state_names.index(key)].narrow(0, segment.begin, segment.numel)
+        return states[self.state_names.index(_ALIASES.get(key, key))].narrow(0, segment.begin, segment.numel) if states else None
 
     def ensure_state(self):
         if not self.native.states(0) if self.slices else False:
@@ -132,6 +133,10 @@ class ClientStep:
                 segment.parameter.grad = None
             if s.low is not None:
                 lib().copy_scale(s.low, s.master, 1.0)
+
+    def has_state(self, param, key):
+        """Whether the state exists; ranks agree as long as parameters have the same kinds of state."""
+        return any(key in self.optimizer.state.get(g.parameter, {}) for s in self.slices for g in s.segments)
 
     def state_of(self, segment_slice, segment, key):
         value = self.optimizer.state.get(segment.parameter, {}).get(key)

@@ -15,8 +15,14 @@ from tests.parity.launch import on_ranks
 from tests.parity.tiny import Tiny, assert_same, batch, config, engine_of, tiny, train, whole
 
 
+_engines = []
+
+
 def sharded(**more):
-    return engine_of(tiny(), config(3, **more))
+    """An engine that lives on when a test keeps its module only."""
+    _engines.append(engine_of(tiny(), config(3, **more)))
+    del _engines[:-2]
+    return _engines[-1]
 
 
 def freed(model):
