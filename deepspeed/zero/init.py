@@ -27,7 +27,7 @@ _OPEN_BUDGET_BYTES = 64 << 20
 
 _active = []        # contexts entered, outermost first
 _open_units = OrderedDict()   # (id of the owner, unit) -> (ParamHome, bytes), least recently opened first
-_TRIM_NUMEL = 1 << 24   # sharded elements after which the heap is returned to the system
+_TRIM_NUMEL = 1 << 22   # sharded elements after which the heap is returned to the system
 _transports = {}    # (group name, device) -> transports; contexts come and go, opening them costs a rendezvous
 
 
