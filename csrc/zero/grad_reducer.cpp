@@ -155,14 +155,18 @@ void GradReducer::write_slot(int f, int slot, const at::Tensor& grad) {
 void GradReducer::add_to_carry(int f, int slot, const at::Tensor& grad) {
   FlatState& s = flats_[f];
   const Flat& flat = store_.flats()[f];
-  if (!s.carry.defined()) s.carry = at::zeros({flat.layout.numel()}, at::TensorOptions().dtype(at::kFloat).device(store_.device()));
+  if (!s.carry.defined()) {
+    s.carry = at::zeros({flat.layout.numel()}, at::TensorOptions().dtype(at::kFloat).device(store_.device()));
+    s.carry_scale = post_scale_;
+  }
+  const double scale = options_.pre_scale * (post_scale_ / s.carry_scale);
   const plan::Slot& where = flat.layout.slots[slot];
   at::Tensor target = s.carry.narrow(0, where.offset, where.numel);
   const at::Tensor source = flat_like(grad, store_.params()[flat.params[slot]].tensor);
   if (kernel_dtype(source.scalar_type())) {
-    optim::accumulate(target, source, static_cast<float>(options_.pre_scale));
+    optim::accumulate(target, source, static_cast<float>(scale));
   } else {
-    target.add_(source, options_.pre_scale);
+    target.add_(source, scale);
   }
 }
 
@@ -191,7 +195,7 @@ void GradReducer::issue(int f) {
   ++next_;   // before acquire(): from here on it is this flat's turn whatever happens
   to_region(f);
   if (s.carry.defined()) {
-    s.bucket.add_(s.carry);
+    s.bucket.add_(s.carry, s.carry_scale / round_scale_);
     s.carry = at::Tensor();
   }
   const int64_t part_bytes = flat.layout.shard_numel * element_bytes(s.comm_dtype);
@@ -268,6 +272,11 @@ void GradReducer::flush_carry() { flush(/*force=*/true); }
 
 void GradReducer::ensure_grads() {
   ensure_accumulators();
+  const bool zeroes = std::any_of(order_.begin(), order_.end(), [this](int f) { return !flats_[f].has_grad; });
+  if (zeroes && options_.replicate_grads && store_.world() > 1) {
+    // Nothing has been reduced since the last step, so nothing says yet that the peers are done reading my slice.
+    store_.groups().shard->barrier(store_.tag("zero_grads", -1, 0));
+  }
   for (int f : order_) {
     FlatState& s = flats_[f];
     if (s.has_grad) continue;

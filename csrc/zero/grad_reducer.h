@@ -97,6 +97,7 @@ class GradReducer {
     at::Tensor stats;               // double[2]
     bool has_grad = false;
     at::Tensor carry;               // fp32 [layout.numel()], defined while something waits
+    double carry_scale = 1.0;       // the post_scale that belongs to the carry; the round it joins may have another
   };
 
   void begin_round();

@@ -5,6 +5,7 @@ Inside the context every training forward first counts the ranks that still have
 in the context's exit and plays a forward, a backward with zero gradients and a step for each of the others', until nobody has
 data. Gradients stay averages over all ranks, those without data included.
 """
+from concurrent.futures import ThreadPoolExecutor
 
 
 class Join:
@@ -39,8 +40,11 @@ class Join:
         while self._count(0):
             managed.scheduler.shadow_forward()
             managed.reducer.set_post_scale(engine._layout.post_scale)
-            managed.reducer.flush(force=True)
-            managed.scheduler.shadow_backward()
+            # The others gather and reduce by turns, as their backward goes: neither of ours may wait for the other to finish.
+            with ThreadPoolExecutor(1) as beside:
+                flushed = beside.submit(managed.reducer.flush, True)
+                managed.scheduler.shadow_backward()
+                flushed.result()
             engine._set_default_scale()
             engine.step()
         return False
