@@ -5,10 +5,6 @@ import torch
 from deepspeed._native import lib
 
 
-def _plain(group, **wanted):
-    return all(not group.get(key, value) or group.get(key) == value for key, value in wanted.items())
-
-
 def _adam(optimizer, decoupled_of):
     if any(g.get("amsgrad") or g.get("maximize") or g.get("differentiable") or isinstance(g["lr"], torch.Tensor) and g["lr"].requires_grad
            for g in optimizer.param_groups):
@@ -78,7 +74,6 @@ class FusedStep:
 
     def step(self, grads, grad_scale):
         self.steps += 1
-        # After load_state_dict or by hand, the shared counter may have been set from outside.
         hypers = [hyper_of(g, self.steps, self.kind, self._decoupled_of, self.optimizer.defaults) for g in self.optimizer.param_groups]
         self.native.step(hypers, grads, grad_scale)
         self._step_tensor.fill_(self.steps)
@@ -107,7 +102,7 @@ class FusedStep:
         return states[self.state_names.index(_ALIASES.get(key, key))].narrow(0, segment.begin, segment.numel) if states else None
 
     def ensure_state(self):
-        if not self.native.states(0) if self.slices else False:
+        if self.slices and not self.native.states(0):
             for index, s in enumerate(self.slices):
                 self.native.set_states(index, [torch.zeros_like(s.master) for _ in self.state_names])
         self.show_state()
