@@ -19,15 +19,17 @@ constexpr auto kSlice = std::chrono::milliseconds(100);
 
 at::TensorOptions bytes_on(at::Device device) { return at::TensorOptions().dtype(at::kByte).device(device); }
 
-// c10d's wait(timeout) throws both at the end of the slice and on failure; isCompleted tells which.
+// c10d's wait(timeout) throws both at the end of the slice and on failure. What completes between the end of the slice and our
+// look is waited for once more: that returns at once or throws the true reason.
 bool wait_slice(c10d::Work& work) {
   try {
     work.wait(kSlice);
     return true;
   } catch (...) {
-    if (work.isCompleted()) throw;
-    return false;
+    if (!work.isCompleted()) return false;
   }
+  work.wait();
+  return true;
 }
 
 }  // namespace

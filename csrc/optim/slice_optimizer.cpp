@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "optim/device_ops.h"
+#include "optim/long_lived.h"
 
 namespace ds::optim {
 namespace {
@@ -67,7 +68,8 @@ int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Seg
 
 void SliceOptimizer::ensure_states(OwnedSlice& slice) {
   if (!slice.states.empty()) return;
-  for (size_t i = 0; i < state_names().size(); ++i) slice.states.push_back(at::zeros_like(slice.master));
+  for (size_t i = 0; i < state_names().size(); ++i)
+    slice.states.push_back(long_lived_zeros(slice.master.numel(), slice.master.scalar_type(), slice.master.device()));
 }
 
 void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale) {

@@ -13,8 +13,8 @@ constexpr int64_t kAlignBytes = 4096;
 
 BucketArena::BucketArena(comm::Transport& transport, int64_t largest_bytes) {
   const int64_t largest = round_up(std::max<int64_t>(largest_bytes, 1), kAlignBytes);
-  general_bytes_ = 2 * largest;
-  total_bytes_ = 3 * largest;
+  general_bytes_ = largest + round_up(largest / 8, kAlignBytes);  // room for a small flat opened early beside the one whose turn it is
+  total_bytes_ = general_bytes_ + largest;
   buffer_ = transport.allocate(static_cast<size_t>(total_bytes_));
 }
 

@@ -2,26 +2,16 @@
 #include "zero/buffer_pool.h"
 
 #include <ATen/Functions.h>
-#include <sys/mman.h>
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "optim/long_lived.h"
+#include "platform/memory.h"
 
 namespace ds::zero {
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
-constexpr int64_t kPage = 4096;
-
-// Host memory straight from the kernel: large, huge-page advised, and given back in full when freed.
-at::Tensor map_host(int64_t bytes) {
-  const int64_t size = round_up(bytes, bytes >= kHugePage ? kHugePage : kPage);
-  void* p = ::mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  DS_CHECK(p != MAP_FAILED, "cannot allocate " << size << " bytes of host memory for a gathered unit");
-  if (size >= kHugePage) ::madvise(p, static_cast<size_t>(size), MADV_HUGEPAGE);
-  return at::from_blob(
-      p, {size}, [size](void* q) { ::munmap(q, static_cast<size_t>(size)); }, at::TensorOptions().dtype(at::kByte));
-}
+constexpr int64_t kHugePage = platform::kHugePageBytes;
 
 }  // namespace
 
@@ -40,7 +30,7 @@ at::Tensor BufferPool::take(int64_t bytes) {
       return buffer;
     }
   }
-  if (device_.is_cpu()) return map_host(std::max<int64_t>(bytes, 1));
+  if (device_.is_cpu()) return optim::host_bytes(round_up(bytes, bytes >= kHugePage ? kHugePage : 1));
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device_));
 }
 

@@ -11,6 +11,7 @@
 #include "base/checked.h"
 #include "base/error.h"
 #include "optim/device_ops.h"
+#include "optim/long_lived.h"
 
 namespace ds::zero {
 namespace {
@@ -63,7 +64,7 @@ void GradReducer::ensure_accumulators() {
       s.full = at::from_blob(static_cast<char*>(s.home->data()) + s.home_offset, {flat.layout.numel()}, options);
       s.slice = s.full.narrow(0, store_.rank() * flat.layout.shard_numel, flat.layout.shard_numel);
     } else {
-      s.slice = at::zeros({flat.layout.shard_numel}, options);
+      s.slice = optim::long_lived_zeros(flat.layout.shard_numel, at::kFloat, store_.device());
       s.full = s.slice;
     }
     s.stats = at::zeros({2}, options.dtype(at::kDouble));
@@ -156,7 +157,7 @@ void GradReducer::add_to_carry(int f, int slot, const at::Tensor& grad) {
   FlatState& s = flats_[f];
   const Flat& flat = store_.flats()[f];
   if (!s.carry.defined()) {
-    s.carry = at::zeros({flat.layout.numel()}, at::TensorOptions().dtype(at::kFloat).device(store_.device()));
+    s.carry = optim::long_lived_zeros(flat.layout.numel(), at::kFloat, store_.device());
     s.carry_scale = post_scale_;
   }
   const double scale = options_.pre_scale * (post_scale_ / s.carry_scale);

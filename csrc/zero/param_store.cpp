@@ -13,6 +13,7 @@
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "optim/long_lived.h"
 
 namespace ds::zero {
 namespace {
@@ -153,7 +154,8 @@ void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::ve
   }
   if (wants_master) {
     flat.full.copy_(staging);
-    flat.master = options_.full_master ? staging.clone() : staging.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel).clone();
+    const int64_t shard = flat.layout.shard_numel;
+    flat.master = optim::long_lived_copy(options_.full_master ? staging : staging.narrow(0, rank() * shard, shard));
     staging = at::Tensor();
     pool_.put(std::move(staging_memory));
   }

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from deepspeed import comm
 from deepspeed.config import load_config
 from deepspeed.device import get_accelerator
-from deepspeed.device.host_memory import trim_heap
+from deepspeed.device.host_memory import blocks_from_system, trim_heap
 from deepspeed.zero.managed import ManagedModel, home_of
 from deepspeed.zero.transports import open_transports
 from deepspeed.zero.units import UnitPlan
@@ -151,6 +151,7 @@ class Init:
 
         self._hooks = [torch_module.register_module_parameter_registration_hook(on_parameter),
                        torch_module.register_module_module_registration_hook(on_module)]
+        blocks_from_system(True)
         self._previous_dtype = torch.get_default_dtype()
         if self.dtype is not None:
             torch.set_default_dtype(self.dtype)
@@ -161,6 +162,7 @@ class Init:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        blocks_from_system(False)
         torch.set_default_dtype(self._previous_dtype)
         if self._modes:
             self.device.__exit__(None, None, None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from deepspeed.device.host_memory import trim_heap
 from deepspeed.telemetry import logger
 from deepspeed.zero.managed import home_of
 from deepspeed.zero.muon_step import MuonStep
@@ -167,6 +168,8 @@ class ShardedOptimizer(ZeROOptimizer):
         managed = self.managed
         managed.reducer.gather_grads()
         read = managed.reducer.grad_slice if self.options.partial_slices else managed.reducer.grad
+        if self.stepper.steps == 0:
+            trim_heap()  # before the optimizer state takes its place: what building the model and the first graph left behind
         self.stepper.step([read(s.flat) for s in self.slices], factor)
         self.optimizer._opt_called = True  # torch's schedulers ask whether step() has run
         managed.reducer.zero()

@@ -79,17 +79,22 @@ void ShmBuffer::copy_from(int r, void* out, size_t offset, size_t bytes) {
     std::memmove(out, src, bytes);
     return;
   }
-  Touched& touched = touched_[r];
   for (size_t at = 0; at < bytes; at += kChunk) {
     const size_t n = std::min(kChunk, bytes - at);
     std::memcpy(static_cast<char*>(out) + at, src + at, n);
-    const bool none = touched.end == 0;
-    touched.begin = none ? offset + at : std::min(touched.begin, offset + at);
-    touched.end = std::max(touched.end, offset + at + n);
-    if (touched.end - touched.begin > kKeepMapped) {
-      parts_[r]->drop(touched.begin, touched.end - touched.begin);
-      touched = {};
-    }
+    was_read(r, offset + at, n);
+  }
+}
+
+void ShmBuffer::was_read(int r, size_t offset, size_t bytes) {
+  if (r == core_->rank || bytes == 0) return;
+  Touched& touched = touched_[r];
+  const bool none = touched.end == 0;
+  touched.begin = none ? offset : std::min(touched.begin, offset);
+  touched.end = std::max(touched.end, offset + bytes);
+  if (touched.end - touched.begin > kKeepMapped) {
+    parts_[r]->drop(touched.begin, touched.end - touched.begin);
+    touched = {};
   }
 }
 

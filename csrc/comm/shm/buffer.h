@@ -35,8 +35,11 @@ class ShmBuffer : public SymmetricBuffer {
   uint64_t epoch_of(int r) const;
   const char* data_of(int r) const { return parts_[r]->data(); }  // read-only for peers' parts
 
-  // Copies from rank r's part. Pages of peers are unmapped again once they add up, so that resident memory stays bounded.
+  // Copies from rank r's part.
   void copy_from(int r, void* out, size_t offset, size_t bytes);
+  // Bytes of rank r's part were read in place. Pages of peers are unmapped again once they add up, so that resident memory
+  // stays bounded.
+  void was_read(int r, size_t offset, size_t bytes);
 
  private:
   bool released_by_all() const;

@@ -97,9 +97,9 @@ void ShmTransport::release_drained(int channel) {
   }
 }
 
-std::vector<const void*> ShmTransport::contributions(int channel, const ShmReduce& work) {
+std::vector<ShmTransport::Contribution> ShmTransport::contributions(int channel, const ShmReduce& work) {
   const Offer& mine = core_->own().channels[channel].ring[work.number_ % kRing];
-  std::vector<const void*> srcs;
+  std::vector<Contribution> parts;
   for (int r = 0; r < size_; ++r) {
     const Offer& offer = core_->of(r).channels[channel].ring[work.number_ % kRing];
     if (offer.part_bytes != mine.part_bytes || offer.dtype != mine.dtype)
@@ -111,13 +111,15 @@ std::vector<const void*> ShmTransport::contributions(int channel, const ShmReduc
     const auto buffer = found == buffers_.end() ? nullptr : found->second.lock();
     if (!buffer)
       fail(work.seq_, "rank " + std::to_string(r) + " reduces a buffer that rank " + std::to_string(rank_) + " has released");
-    srcs.push_back(buffer->data_of(r) + offer.offset + static_cast<size_t>(rank_) * offer.part_bytes);
+    parts.push_back({buffer, offer.offset + static_cast<size_t>(rank_) * offer.part_bytes});
   }
-  return srcs;
+  return parts;
 }
 
 void ShmTransport::run(int channel, ShmReduce& work) {
-  const std::vector<const void*> srcs = contributions(channel, work);
+  const std::vector<Contribution> parts = contributions(channel, work);
+  std::vector<const void*> srcs;
+  for (int r = 0; r < size_; ++r) srcs.push_back(parts[r].buffer->data_of(r) + parts[r].offset);
   struct InSink {
     bool& flag;
     explicit InSink(bool& f) : flag(f) { flag = true; }
@@ -133,6 +135,8 @@ void ShmTransport::run(int channel, ShmReduce& work) {
     core_->leave(RankState::Failed, failure_);
     throw;
   }
+  const size_t bytes = core_->own().channels[channel].ring[work.number_ % kRing].part_bytes;
+  for (int r = 0; r < size_; ++r) parts[r].buffer->was_read(r, parts[r].offset, bytes);
   ledger_->end(work.seq_);
   work.done_.store(true, std::memory_order_release);
 }

@@ -87,7 +87,11 @@ class ShmTransport : public Transport {
   bool head_ready(int channel, uint64_t number) const;
   void run(int channel, ShmReduce& work);
   void release_drained(int channel);
-  std::vector<const void*> contributions(int channel, const ShmReduce& work);
+  struct Contribution {
+    std::shared_ptr<ShmBuffer> buffer;
+    size_t offset;
+  };
+  std::vector<Contribution> contributions(int channel, const ShmReduce& work);  // one a rank
 
   // rounds.cpp
   uint64_t enter_round(uint64_t kind, const void* mine, size_t filled, size_t bytes);
