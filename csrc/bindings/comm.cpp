@@ -259,7 +259,8 @@ void bind_comm(py::module_& m) {
         });
       },
       "Called with one line of text when a collective stalls; None: stderr.", py::arg("handler"));
-  m.def("set_exiting", &ds::comm::shm::set_exiting, "The interpreter is about to end: leave memory that other ranks may still read to the kernel.");
+  m.def("set_exiting", &ds::comm::shm::set_exiting,
+        "The interpreter is about to end: leave memory that other ranks may still read to the kernel.");
   Transport::set_interrupt_check(check_interrupt);
   Transport::set_release_guard(without_gil);
 }

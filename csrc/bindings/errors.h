@@ -8,8 +8,8 @@
 
 namespace ds::bindings {
 
-// ds::ValueError -> ValueError, platform::FileError -> OSError with its errno, any other ds::Error -> RuntimeError. Local to the calling extension module, because each
-// module has its own copy of the exception types.
+// ds::ValueError -> ValueError, platform::FileError -> OSError with its errno, any other ds::Error -> RuntimeError. Local to the calling
+// extension module, because each module has its own copy of the exception types.
 inline void translate_errors() {
   pybind11::register_local_exception_translator([](std::exception_ptr p) {
     try {

@@ -288,7 +288,8 @@ void bind_optimizer(py::module_& m) {
            }),
            py::arg("kind"), py::arg("params"), py::arg("transport"))
       .def("add_slice",
-           [](SliceOptimizer& o, at::Tensor master, std::optional<at::Tensor> low, const std::vector<std::tuple<int64_t, int64_t, int, int64_t>>& segments) {
+           [](SliceOptimizer& o, at::Tensor master, std::optional<at::Tensor> low,
+              const std::vector<std::tuple<int64_t, int64_t, int, int64_t>>& segments) {
              std::vector<Segment> list;
              for (const auto& [begin, numel, group, param] : segments) list.push_back({begin, numel, group, param});
              return o.add_slice(std::move(master), low.value_or(at::Tensor()), std::move(list));
@@ -296,7 +297,8 @@ void bind_optimizer(py::module_& m) {
       .def("step", &SliceOptimizer::step, py::arg("groups"), py::arg("grads"), py::arg("grad_scale"), Release())
       .def("state_names", &SliceOptimizer::state_names)
       .def("states", [](SliceOptimizer& o, int slice) { return o.slices().at(slice).states; })
-      .def("set_states", [](SliceOptimizer& o, int slice, std::vector<at::Tensor> states) { o.slices().at(slice).states = std::move(states); })
+      .def("set_states",
+           [](SliceOptimizer& o, int slice, std::vector<at::Tensor> states) { o.slices().at(slice).states = std::move(states); })
       .def("state_bytes", &SliceOptimizer::state_bytes);
   m.def("copy_scale", &optim::copy_scale, py::arg("dst"), py::arg("src"), py::arg("scale"), Release(),
         "dst = cast(scale * src) over contiguous one-dimensional tensors of float32, float16 or bfloat16.");

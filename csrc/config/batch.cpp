@@ -42,7 +42,8 @@ class Equation {
 
   void solve() {
     if (train_.value && micro_.value && !accumulation_.value) {
-      accumulation_.derive(*train_.value / *micro_.value / world_, text(*train_.value) + " / " + text(*micro_.value) + " / " + text(world_));
+      accumulation_.derive(*train_.value / *micro_.value / world_,
+                           text(*train_.value) + " / " + text(*micro_.value) + " / " + text(world_));
     } else if (train_.value && !micro_.value) {
       if (!accumulation_.value) default_accumulation();
       micro_.derive(*train_.value / world_ / *accumulation_.value,
@@ -115,16 +116,18 @@ class Equation {
 
 void solve_batch(Batch& batch, const World& world, bool required, Findings& findings) {
   if (world.ranks_per_sample < 1 || world.size % world.ranks_per_sample != 0) {
-    findings.problem(world.ranks_per_sample_source, text(world.size) + " ranks (" + world.size_source + ") cannot be divided into groups of " +
-                                                        text(world.ranks_per_sample));
+    findings.problem(world.ranks_per_sample_source, text(world.size) + " ranks (" + world.size_source +
+                                                        ") cannot be divided into groups of " + text(world.ranks_per_sample));
     return;
   }
   batch.data_parallel_size = world.size / world.ranks_per_sample;
   Equation equation(batch, world);
   if (!equation.can_be_solved()) {
     if (required) {
-      findings.problem("", std::string(kTrain) + " and " + kMicro + " are both missing; give at least one" +
-                               (batch.accumulation ? std::string(" (") + kAccumulation + " = " + text(*batch.accumulation) + " alone is not enough)" : ""));
+      findings.problem(
+          "",
+          std::string(kTrain) + " and " + kMicro + " are both missing; give at least one" +
+              (batch.accumulation ? std::string(" (") + kAccumulation + " = " + text(*batch.accumulation) + " alone is not enough)" : ""));
     } else if (!batch.accumulation) {
       batch.accumulation = 1;
     }

@@ -25,8 +25,9 @@ World resolve_world(const Resolved& resolved, const Options& options, Findings& 
     world.ranks_per_sample_source = "sequence_parallel_size";
   }
   if (data && sequence && *data != world.size / *sequence) {
-    findings.problem("data_parallel_size", "found " + std::to_string(*data) + "; times sequence_parallel_size (" + std::to_string(*sequence) +
-                                               ") it must be the world size, " + std::to_string(world.size) + " (" + world.size_source + ")");
+    findings.problem("data_parallel_size", "found " + std::to_string(*data) + "; times sequence_parallel_size (" +
+                                               std::to_string(*sequence) + ") it must be the world size, " + std::to_string(world.size) +
+                                               " (" + world.size_source + ")");
   } else if (data && !sequence) {
     findings.note("data_parallel_size has no effect without sequence_parallel_size");
   }
@@ -76,7 +77,8 @@ bool wants_strict(const Json& document, const Options& options) {
 Config load(const Json& document, const Options& options) {
   DS_CHECK_VALUE(options.world.size > 0, "world size must be positive, got " << options.world.size);
   Findings findings;
-  if (!document.is_object()) throw ConfigError(options.source + ": found " + show_typed(document) + "; the document must be an object {...}");
+  if (!document.is_object())
+    throw ConfigError(options.source + ": found " + show_typed(document) + "; the document must be an object {...}");
   Resolved resolved = resolve(training_schema(), document, wants_strict(document, options), findings);
   resolve_params(resolved, document, findings);
   apply_rules(resolved, findings);

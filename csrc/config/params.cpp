@@ -84,8 +84,8 @@ void resolve_optimizer(Resolved& resolved, Findings& findings) {
     return;
   }
   if (params.contains("max_grad_norm")) {
-    findings.problem("optimizer.params.max_grad_norm",
-                     "found " + show_typed(params["max_grad_norm"]) + "; not a parameter of the optimizer, use the top-level key gradient_clipping");
+    findings.problem("optimizer.params.max_grad_norm", "found " + show_typed(params["max_grad_norm"]) +
+                                                           "; not a parameter of the optimizer, use the top-level key gradient_clipping");
     params.erase("max_grad_norm");
   }
   if (const ParamsSchema* schema = find_schema(optimizer_schemas(), type)) {

@@ -114,7 +114,8 @@ class Resolver {
       const Key* target = schema.find(key->replaced_by);
       const auto taken = before.find(target);
       if (taken != before.end()) {
-        findings_.problem(here, "deprecated, and " + in_quotes(join(path, taken->second.spelling)) + ", which replaced it, is given too; keep that one");
+        findings_.problem(
+            here, "deprecated, and " + in_quotes(join(path, taken->second.spelling)) + ", which replaced it, is given too; keep that one");
         continue;
       }
       const std::optional<Json> typed = typed_value(*key, *was.value, here, findings_);

@@ -40,9 +40,10 @@ void zero_rules(Resolved& resolved, Findings& findings) {
     if (stage == 0 || stage == 3) {
       findings.problem("zero_optimization.compute_grad_norm", "found false; allowed at stages 1 and 2 only" + at_stage);
     } else if (resolved.values["gradient_clipping"].get<double>() > 0) {
-      findings.problem("zero_optimization.compute_grad_norm",
-                       "found false, but gradient_clipping is " + show(resolved.values["gradient_clipping"]) +
-                           (given(resolved, "gradient_clipping") ? "" : " (the default)") + " and needs the norm; set gradient_clipping to 0");
+      findings.problem("zero_optimization.compute_grad_norm", "found false, but gradient_clipping is " +
+                                                                  show(resolved.values["gradient_clipping"]) +
+                                                                  (given(resolved, "gradient_clipping") ? "" : " (the default)") +
+                                                                  " and needs the norm; set gradient_clipping to 0");
     }
   }
   if (resolved.values["gradient_allreduce_op"] == "sum" && stage == 3) {
@@ -60,7 +61,8 @@ void precision_rules(Resolved& resolved, Findings& findings) {
   if (on(fp16, "enabled") && fp16["loss_scale"] == 0.0) {
     for (const char* name : {"loss_scale_window", "min_loss_scale"}) {
       if (fp16[name].get<int64_t>() <= 0) {
-        findings.problem(std::string("fp16.") + name, "found " + show(fp16[name]) + "; allowed: an integer above 0, because loss_scale is 0 (dynamic)");
+        findings.problem(std::string("fp16.") + name,
+                         "found " + show(fp16[name]) + "; allowed: an integer above 0, because loss_scale is 0 (dynamic)");
       }
     }
   }
@@ -109,8 +111,9 @@ void curriculum_rules(const Resolved& resolved, Findings& findings) {
     const Json& levels = metric["schedule_config"]["difficulty"];
     const Json& steps = metric["schedule_config"]["max_step"];
     if (metric["schedule_type"] == "fixed_discrete" && levels.size() != steps.size() + 1) {
-      findings.problem(here + ".schedule_config.difficulty", "has " + std::to_string(levels.size()) + " items; allowed: one more than max_step, which has " +
-                                                                 std::to_string(steps.size()));
+      findings.problem(
+          here + ".schedule_config.difficulty",
+          "has " + std::to_string(levels.size()) + " items; allowed: one more than max_step, which has " + std::to_string(steps.size()));
     }
   }
 }
@@ -119,13 +122,15 @@ void data_rules(const Resolved& resolved, Findings& findings) {
   curriculum_rules(resolved, findings);
   const Json& batching = resolved.values["data_efficiency"]["data_sampling"]["dynamic_batching"];
   if (on(batching, "enabled") && batching["max_tokens"].is_null()) {
-    findings.problem("data_efficiency.data_sampling.dynamic_batching.max_tokens", "missing; required when dynamic_batching.enabled is true");
+    findings.problem("data_efficiency.data_sampling.dynamic_batching.max_tokens",
+                     "missing; required when dynamic_batching.enabled is true");
   }
   const Json& ltd = resolved.values["data_efficiency"]["data_routing"]["random_ltd"];
   if (on(ltd, "enabled") && ltd["random_ltd_layer_id"].is_array() && ltd["random_ltd_layer_num"].is_number() &&
       ltd["random_ltd_layer_id"].size() != ltd["random_ltd_layer_num"].get<size_t>()) {
     findings.problem("data_efficiency.data_routing.random_ltd.random_ltd_layer_id",
-                     "has " + std::to_string(ltd["random_ltd_layer_id"].size()) + " items, but random_ltd_layer_num is " + show(ltd["random_ltd_layer_num"]));
+                     "has " + std::to_string(ltd["random_ltd_layer_id"].size()) + " items, but random_ltd_layer_num is " +
+                         show(ltd["random_ltd_layer_num"]));
   }
 }
 

@@ -27,11 +27,13 @@ int base64_digit(char c) {
 
 bool starts_like_json(const std::string& text) {
   const size_t first = text.find_first_not_of(" \t\r\n\xEF\xBB\xBF");
-  return first != std::string::npos && (text[first] == '{' || text[first] == '#' || text.compare(first, 2, "//") == 0 || text.compare(first, 2, "/*") == 0);
+  return first != std::string::npos &&
+         (text[first] == '{' || text[first] == '#' || text.compare(first, 2, "//") == 0 || text.compare(first, 2, "/*") == 0);
 }
 
 void check_size(size_t bytes, const std::string& source) {
-  if (bytes > kMaxBytes) throw ConfigError(source + ": larger than " + std::to_string(kMaxBytes >> 20) + " MiB; this is not a configuration file");
+  if (bytes > kMaxBytes)
+    throw ConfigError(source + ": larger than " + std::to_string(kMaxBytes >> 20) + " MiB; this is not a configuration file");
 }
 
 std::string read_file(const std::string& path) {

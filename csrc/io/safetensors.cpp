@@ -218,7 +218,8 @@ void write_safetensors(FileEngine& engine, const std::string& path, std::vector<
   }
   std::string header = header_text(tensors, metadata);
   header.resize(static_cast<size_t>(round_up(8 + static_cast<int64_t>(header.size()), kDirectAlignment) - 8), ' ');
-  DS_CHECK_VALUE(static_cast<int64_t>(header.size()) <= kMaxHeaderBytes, "the header of " << path << " would have " << header.size() << " bytes");
+  DS_CHECK_VALUE(static_cast<int64_t>(header.size()) <= kMaxHeaderBytes,
+                 "the header of " << path << " would have " << header.size() << " bytes");
 
   // Process and time make the name unique: a file left by a killed process never blocks the next save.
   const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();

@@ -63,7 +63,8 @@ at::Tensor cuda_workspace(const at::Tensor& like) {
   }
 #else
 #define DS_ON_CUDA(tensor, ...) \
-  DS_CHECK((tensor).is_cpu(), "a tensor lies on " << (tensor).device().str() << " but this build of deepspeed has no CUDA code: rebuild with nvcc on PATH")
+  DS_CHECK((tensor).is_cpu(),   \
+           "a tensor lies on " << (tensor).device().str() << " but this build of deepspeed has no CUDA code: rebuild with nvcc on PATH")
 #endif
 
 }  // namespace
@@ -184,7 +185,8 @@ void lamb_direction(const kernels::Lamb& h, float grad_scale, const at::Tensor& 
                                         cuda_workspace(p).data_ptr(), stream_of(p)));
   std::vector<double> parts = chunk_stats(n);
   for_chunks(n, [&](int64_t c, int64_t b, int64_t e) {
-    kernels::lamb_direction(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), f32_at(v, b), f32_at(u, b), e - b, &parts[2 * c]);
+    kernels::lamb_direction(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), f32_at(v, b), f32_at(u, b), e - b,
+                            &parts[2 * c]);
   });
   double sums[2];
   sum_chunks(parts, sums);

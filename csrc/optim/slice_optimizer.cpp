@@ -54,7 +54,8 @@ std::vector<std::string> SliceOptimizer::state_names() const {
 int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments) {
   DS_CHECK(master.scalar_type() == at::kFloat && master.dim() == 1, "a master slice must be one-dimensional float32");
   for (const Segment& s : segments) {
-    DS_CHECK(s.begin >= 0 && s.begin + s.numel <= master.numel(), "segment [" << s.begin << ", +" << s.numel << ") outside a slice of " << master.numel());
+    DS_CHECK(s.begin >= 0 && s.begin + s.numel <= master.numel(),
+             "segment [" << s.begin << ", +" << s.numel << ") outside a slice of " << master.numel());
     DS_CHECK(s.param >= 0 && s.param < params_, "segment of parameter " << s.param << " but there are " << params_);
   }
   OwnedSlice slice;

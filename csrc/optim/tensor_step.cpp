@@ -33,7 +33,8 @@ void check_like(const at::Tensor& t, const char* name, size_t index, const at::T
   DS_CHECK_VALUE(t.layout() == at::kStrided, name << "[" << index << "]: sparse tensors are not supported");
   DS_CHECK_VALUE(kernel_dtype(t.scalar_type()),
                  name << "[" << index << "]: dtype must be float32, bfloat16 or float16, not " << c10::toString(t.scalar_type()));
-  DS_CHECK_VALUE(t.device() == p.device(), name << "[" << index << "] lies on " << t.device().str() << ", its parameter on " << p.device().str());
+  DS_CHECK_VALUE(t.device() == p.device(),
+                 name << "[" << index << "] lies on " << t.device().str() << ", its parameter on " << p.device().str());
   DS_CHECK_VALUE(t.sizes() == p.sizes(), name << "[" << index << "] has shape " << t.sizes() << ", its parameter " << p.sizes());
 }
 
@@ -71,7 +72,8 @@ Arrays arrays_of(size_t index, const Tensors& params, const Tensors& grads, cons
   for (const NamedStates& s : states) {
     const at::Tensor& t = (*s.tensors)[index];
     check_like(t, s.name, index, p);
-    DS_CHECK_VALUE(t.strides() == p.strides(), s.name << "[" << index << "] has strides " << t.strides() << ", its parameter " << p.strides());
+    DS_CHECK_VALUE(t.strides() == p.strides(),
+                   s.name << "[" << index << "] has strides " << t.strides() << ", its parameter " << p.strides());
     a.states.push_back(flat(t));
   }
   return a;

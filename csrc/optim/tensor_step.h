@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One optimizer update of whole parameters, as torch.optim does it: lists of tensors of any shape, on the CPU or, if CUDA code was built, on a
-// GPU. Parameters, gradients and states are float32, bfloat16 or float16; the arithmetic is float32 and what is narrower is rounded when written.
-// Tensors must be dense without overlap, states laid out like their parameter; a gradient laid out otherwise is copied.
+// One optimizer update of whole parameters, as torch.optim does it: lists of tensors of any shape, on the CPU or, if CUDA code was built,
+// on a GPU. Parameters, gradients and states are float32, bfloat16 or float16; the arithmetic is float32 and what is narrower is rounded
+// when written. Tensors must be dense without overlap, states laid out like their parameter; a gradient laid out otherwise is copied.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,7 +21,7 @@ void adagrad_step(const kernels::Adagrad& h, float grad_scale, const Tensors& pa
 // momentum_buffers is empty when h.momentum is 0.
 void sgd_step(const kernels::Sgd& h, float grad_scale, const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers);
 // Returns each parameter's trust ratio ||p|| / ||u||, clamped to [min_coeff, max_coeff]; 1 where a norm is zero.
-std::vector<double> lamb_step(const kernels::Lamb& h, double min_coeff, double max_coeff, float grad_scale, const Tensors& params, const Tensors& grads,
-                              const Tensors& exp_avgs, const Tensors& exp_avg_sqs);
+std::vector<double> lamb_step(const kernels::Lamb& h, double min_coeff, double max_coeff, float grad_scale, const Tensors& params,
+                              const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs);
 
 }  // namespace ds::optim

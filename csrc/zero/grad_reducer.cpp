@@ -42,7 +42,8 @@ GradReducer::GradReducer(ParamStore& store, ReducerOptions options) : store_(sto
     if (!flat.trainable || flat.params.empty()) continue;
     FlatState& s = flats_[i];
     DS_CHECK_VALUE(kernel_dtype(flat.dtype), "parameter '" << store_.params()[flat.params[0]].name << "' is trainable with dtype "
-                                                           << c10::toString(flat.dtype) << "; float32, float16 and bfloat16 can be trained");
+                                                           << c10::toString(flat.dtype)
+                                                           << "; float32, float16 and bfloat16 can be trained");
     s.trainable = true;
     s.comm_dtype = options_.comm_dtype.value_or(flat.dtype);
     s.arrived.assign(flat.params.size(), 0);

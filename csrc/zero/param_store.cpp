@@ -172,10 +172,12 @@ void ParamStore::adopt_params(Flat& flat) {
 }
 
 void ParamStore::adopt_param(Flat& flat, Param& p) {
-  char* data = static_cast<char*>(flat.full.data_ptr()) + flat.layout.slots[p.slot].offset * static_cast<int64_t>(c10::elementSize(flat.dtype));
+  char* data =
+      static_cast<char*>(flat.full.data_ptr()) + flat.layout.slots[p.slot].offset * static_cast<int64_t>(c10::elementSize(flat.dtype));
   const auto options = at::TensorOptions().dtype(flat.dtype).device(device_);
   const auto keep = [home = flat.home, buffer = flat.buffer](void*) {};
-  p.tensor.set_data(p.strides.empty() ? at::from_blob(data, p.sizes, keep, options) : at::from_blob(data, p.sizes, p.strides, keep, options));
+  p.tensor.set_data(p.strides.empty() ? at::from_blob(data, p.sizes, keep, options)
+                                      : at::from_blob(data, p.sizes, p.strides, keep, options));
 }
 
 bool ParamStore::take_replaced(int index, bool keep) {
@@ -215,7 +217,8 @@ void ParamStore::bind(Unit& unit, bool available) {
       if (p.dropped) continue;
       const plan::Slot& where = flat.layout.slots[slot];
       c10::StorageImpl* storage = p.tensor.storage().unsafeGetStorageImpl();
-      storage->set_data_ptr_noswap(available ? pointer_into(flat.buffer, base + where.offset * es, device_) : at::DataPtr(nullptr, device_));
+      storage->set_data_ptr_noswap(available ? pointer_into(flat.buffer, base + where.offset * es, device_)
+                                             : at::DataPtr(nullptr, device_));
       storage->set_nbytes(available ? where.numel * es : 0);
     }
   }
@@ -374,7 +377,8 @@ at::Tensor ParamStore::gather_slices(int index, const at::Tensor& mine) {
   padded.narrow(0, 0, own.numel).copy_(mine);
   at::Tensor all = at::empty({world(), longest}, padded.options());
   const int64_t bytes = longest * static_cast<int64_t>(padded.element_size());
-  groups_.shard->all_gather_host(padded.data_ptr(), static_cast<size_t>(bytes), all.data_ptr(), tag("gather_state", flats_[p.flat].unit, bytes));
+  groups_.shard->all_gather_host(padded.data_ptr(), static_cast<size_t>(bytes), all.data_ptr(),
+                                 tag("gather_state", flats_[p.flat].unit, bytes));
   at::Tensor full = at::empty({layout.slots[p.slot].numel}, padded.options());
   for (int r = 0; r < world(); ++r) {
     const plan::Slice slice = plan::slice_of(layout, p.slot, r);

@@ -3,9 +3,9 @@
 //
 // Conventions. p, the states and u are float32; g is F32, F16 or BF16 and is multiplied by grad_scale (unscale x clip)
 // when loaded. `low` (nullable) receives the updated p rounded to low_dt in the same pass; arrays do not overlap each other,
-// except that `low` may be g. An element's result depends on its own inputs only, not on where it lies in a slice, and has the same bits on every
-// instruction set (no multiply is contracted into an add). Nothing here starts threads: callers split ranges.
-// Hyperparameters are double because 1 - beta is formed from them: 1 - 0.999f is off by 1.3e-5.
+// except that `low` may be g. An element's result depends on its own inputs only, not on where it lies in a slice, and has the same bits on
+// every instruction set (no multiply is contracted into an add). Nothing here starts threads: callers split ranges. Hyperparameters are
+// double because 1 - beta is formed from them: 1 - 0.999f is off by 1.3e-5.
 #pragma once
 
 #include <cstdint>
@@ -46,16 +46,17 @@ struct Sgd {
 };
 void sgd(const Sgd& h, float grad_scale, float* p, const void* g, DType g_dt, float* buf, void* low, DType low_dt, int64_t n);
 
-// LAMB (You et al. 2020). The trust ratio belongs to a whole parameter, so the update comes in two passes: `lamb_direction` updates m and v, writes
-// u = mhat / (sqrt(vhat) + eps) + wd p and ADDS ||p||^2 and ||u||^2 to norms[0] and norms[1] (order of summation as in reduce.h, Note [statistics]);
-// the caller completes the norms over all slices of the parameter; `lamb_apply` does p -= lr_times_ratio u.
+// LAMB (You et al. 2020). The trust ratio belongs to a whole parameter, so the update comes in two passes: `lamb_direction` updates m and
+// v, writes u = mhat / (sqrt(vhat) + eps) + wd p and ADDS ||p||^2 and ||u||^2 to norms[0] and norms[1] (order of summation as in reduce.h,
+// Note [statistics]); the caller completes the norms over all slices of the parameter; `lamb_apply` does p -= lr_times_ratio u.
 struct Lamb {
     double lr, beta1, beta2, eps, weight_decay;
     bool bias_correction;
     int64_t step;
     bool eps_inside_sqrt = false;  // sqrt(vhat + eps) instead of sqrt(vhat) + eps
 };
-void lamb_direction(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n, double* norms);
+void lamb_direction(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n,
+                    double* norms);
 void lamb_apply(float lr_times_ratio, float* p, const float* u, void* low, DType low_dt, int64_t n);
 
 // Plain scalar loops with the same results bit for bit: the oracle of the tests.
@@ -63,17 +64,22 @@ void adam_ref(const Adam& h, float grad_scale, float* p, const void* g, DType g_
 void lion_ref(const Lion& h, float grad_scale, float* p, const void* g, DType g_dt, float* m, void* low, DType low_dt, int64_t n);
 void adagrad_ref(const Adagrad& h, float grad_scale, float* p, const void* g, DType g_dt, float* sum, void* low, DType low_dt, int64_t n);
 void sgd_ref(const Sgd& h, float grad_scale, float* p, const void* g, DType g_dt, float* buf, void* low, DType low_dt, int64_t n);
-void lamb_direction_ref(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n, double* norms);
+void lamb_direction_ref(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n,
+                        double* norms);
 void lamb_apply_ref(float lr_times_ratio, float* p, const float* u, void* low, DType low_dt, int64_t n);
 
-// CUDA twins (built with DS_CUDA): device pointers, launched on `stream`, nothing waits. `norms` and `workspace` (kCudaReduceWorkspaceBytes of reduce.h)
-// live on the device.
-void adam(const Adam& h, float grad_scale, float* p, const void* g, DType g_dt, float* m, float* v, void* low, DType low_dt, int64_t n, cudaStream_t stream);
-void lion(const Lion& h, float grad_scale, float* p, const void* g, DType g_dt, float* m, void* low, DType low_dt, int64_t n, cudaStream_t stream);
-void adagrad(const Adagrad& h, float grad_scale, float* p, const void* g, DType g_dt, float* sum, void* low, DType low_dt, int64_t n, cudaStream_t stream);
-void sgd(const Sgd& h, float grad_scale, float* p, const void* g, DType g_dt, float* buf, void* low, DType low_dt, int64_t n, cudaStream_t stream);
-void lamb_direction(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n, double* norms,
-                    void* workspace, cudaStream_t stream);
+// CUDA twins (built with DS_CUDA): device pointers, launched on `stream`, nothing waits. `norms` and `workspace` (kCudaReduceWorkspaceBytes
+// of reduce.h) live on the device.
+void adam(const Adam& h, float grad_scale, float* p, const void* g, DType g_dt, float* m, float* v, void* low, DType low_dt, int64_t n,
+          cudaStream_t stream);
+void lion(const Lion& h, float grad_scale, float* p, const void* g, DType g_dt, float* m, void* low, DType low_dt, int64_t n,
+          cudaStream_t stream);
+void adagrad(const Adagrad& h, float grad_scale, float* p, const void* g, DType g_dt, float* sum, void* low, DType low_dt, int64_t n,
+             cudaStream_t stream);
+void sgd(const Sgd& h, float grad_scale, float* p, const void* g, DType g_dt, float* buf, void* low, DType low_dt, int64_t n,
+         cudaStream_t stream);
+void lamb_direction(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n,
+                    double* norms, void* workspace, cudaStream_t stream);
 void lamb_apply(float lr_times_ratio, float* p, const float* u, void* low, DType low_dt, int64_t n, cudaStream_t stream);
 
 }  // namespace ds::kernels

@@ -42,13 +42,13 @@ void accumulate_ref(float* dst, const void* src, DType src_dt, float scale, int6
 int64_t first_nonfinite_ref(const void* src, DType src_dt, int64_t n);
 void sum_squares_ref(const float* x, int64_t n, double* stats);
 
-// CUDA twins (built with DS_CUDA): same elements, launched on `stream`, nothing waits. Array pointers are device pointers; `src` itself is a host array of device
-// pointers, at most kCudaMaxSources. `stats` and the result of first_nonfinite live on the device; the partition of the
-// statistics depends on n alone, so they repeat bit for bit. `workspace` holds kCudaReduceWorkspaceBytes (unused if stats is null).
+// CUDA twins (built with DS_CUDA): same elements, launched on `stream`, nothing waits. Array pointers are device pointers; `src` itself is
+// a host array of device pointers, at most kCudaMaxSources. `stats` and the result of first_nonfinite live on the device; the partition of
+// the statistics depends on n alone, so they repeat bit for bit. `workspace` holds kCudaReduceWorkspaceBytes (unused if stats is null).
 constexpr int kCudaMaxSources = 64;
 constexpr int64_t kCudaReduceWorkspaceBytes = 1024 * 2 * sizeof(double);
-void reduce_sum(float* dst, const void* const* src, int nsrc, DType src_dt, float scale, bool accumulate, int64_t n, double* stats, void* workspace,
-                cudaStream_t stream);
+void reduce_sum(float* dst, const void* const* src, int nsrc, DType src_dt, float scale, bool accumulate, int64_t n, double* stats,
+                void* workspace, cudaStream_t stream);
 void copy_scale(void* dst, DType dst_dt, const void* src, DType src_dt, float scale, int64_t n, cudaStream_t stream);
 void accumulate(float* dst, const void* src, DType src_dt, float scale, int64_t n, cudaStream_t stream);
 void first_nonfinite(const void* src, DType src_dt, int64_t n, int64_t* index, cudaStream_t stream);

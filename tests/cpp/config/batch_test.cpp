@@ -61,7 +61,11 @@ TEST(Batch, EquationHoldsOrIsRefused) {
 }
 
 TEST(Batch, MessageTellsEveryNumberAndItsOrigin) {
-  EXPECT_HAS(refusal("{train_batch_size: 7, train_micro_batch_size_per_gpu: 2}", ranks(2)), "train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data-parallel world size", "7 is not 2 x 1 x 2 = 4", "train_batch_size = 7 (given)", "train_micro_batch_size_per_gpu = 2 (given)", "gradient_accumulation_steps = 1 (derived: 7 / 2 / 2)", "data-parallel world size = 2 (the test)", "multiple of 4, e.g. 4 or 8");
+  EXPECT_HAS(refusal("{train_batch_size: 7, train_micro_batch_size_per_gpu: 2}", ranks(2)),
+             "train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x data-parallel world size",
+             "7 is not 2 x 1 x 2 = 4", "train_batch_size = 7 (given)", "train_micro_batch_size_per_gpu = 2 (given)",
+             "gradient_accumulation_steps = 1 (derived: 7 / 2 / 2)", "data-parallel world size = 2 (the test)",
+             "multiple of 4, e.g. 4 or 8");
   Options options = ranks(8);
   options.world.ranks_per_sample = 4;
   options.world.ranks_per_sample_source = "an mpu";
@@ -75,8 +79,10 @@ TEST(Batch, Refusals) {
   EXPECT_HAS(refusal("{train_batch_size: 0}"), "train_batch_size: found 0 (integer); allowed: an integer of at least 1");
   EXPECT_HAS(refusal("{train_batch_size: '8'}"), "found \"8\" (string)");
   EXPECT_HAS(refusal("{train_batch_size: true}"), "found true");
-  EXPECT_HAS(refusal("{train_micro_batch_size_per_gpu: 1, sequence_parallel_size: 3}", ranks(4)), "sequence_parallel_size: 4 ranks (the test) cannot be divided into groups of 3");
-  EXPECT_HAS(refusal("{train_micro_batch_size_per_gpu: 1, sequence_parallel_size: 2, data_parallel_size: 4}", ranks(4)), "data_parallel_size: found 4");
+  EXPECT_HAS(refusal("{train_micro_batch_size_per_gpu: 1, sequence_parallel_size: 3}", ranks(4)),
+             "sequence_parallel_size: 4 ranks (the test) cannot be divided into groups of 3");
+  EXPECT_HAS(refusal("{train_micro_batch_size_per_gpu: 1, sequence_parallel_size: 2, data_parallel_size: 4}", ranks(4)),
+             "data_parallel_size: found 4");
 }
 
 TEST(Batch, HugeNumbersDoNotOverflow) {

@@ -20,7 +20,8 @@ TEST(OptimizerParams, StayTheUsersOwn) {
 }
 
 TEST(OptimizerParams, AreCheckedForBuiltInTypes) {
-  EXPECT_HAS(refusal(optimizer("Adam", "beta: [0.9, 0.99]")), "optimizer.params.beta: unknown key; nearest known key: optimizer.params.betas");
+  EXPECT_HAS(refusal(optimizer("Adam", "beta: [0.9, 0.99]")),
+             "optimizer.params.beta: unknown key; nearest known key: optimizer.params.betas");
   EXPECT_HAS(refusal(optimizer("Adam", "lr: '1e-4'")), "optimizer.params.lr: found \"1e-4\" (string)");
   EXPECT_HAS(refusal(optimizer("Adam", "betas: [0.9]")), "a list of 2 numbers");
   EXPECT_HAS(refusal(optimizer("Adam", "betas: [0.9, 1.0]")), "to below 1");
@@ -28,7 +29,8 @@ TEST(OptimizerParams, AreCheckedForBuiltInTypes) {
   EXPECT_HAS(refusal(optimizer("Lion", "eps: 1e-8")), "optimizer.params.eps: unknown key");
   EXPECT_HAS(refusal(optimizer("SGD", "momentun: 0.9")), "optimizer.params.momentum");
   EXPECT_HAS(refusal(optimizer("Muon", "ns_method: 'x'")), "\"gram\", \"standard\"");
-  for (const char* type : {"Adam", "AdamW", "Lamb", "Lion", "Adagrad", "Muon", "SGD"}) EXPECT_EQ(refusal(optimizer(type, "lr: 0.1")), "") << type;
+  for (const char* type : {"Adam", "AdamW", "Lamb", "Lion", "Adagrad", "Muon", "SGD"})
+    EXPECT_EQ(refusal(optimizer(type, "lr: 0.1")), "") << type;
 }
 
 TEST(OptimizerParams, TorchSwitches) {

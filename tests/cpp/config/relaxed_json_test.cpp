@@ -55,7 +55,8 @@ TEST(RelaxedJson, LimitsOfIntegers) {
 }
 
 TEST(RelaxedJson, RefusesDuplicatesAtAnyDepth) {
-  EXPECT_HAS(error_of("{\"zero\": {\"stage\": 1,\n \"stage\": 2}}"), "file.json, line 2 column 2: \"zero.stage\" is given twice, first at line 1 column 11");
+  EXPECT_HAS(error_of("{\"zero\": {\"stage\": 1,\n \"stage\": 2}}"),
+             "file.json, line 2 column 2: \"zero.stage\" is given twice, first at line 1 column 11");
   EXPECT_EQ(error_of("{\"a\": {\"s\": 1}, \"b\": {\"s\": 1}}"), "");
 }
 

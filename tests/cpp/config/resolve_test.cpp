@@ -80,10 +80,13 @@ TEST(Resolve, AutoAndNullMeanNotGivenEverywhere) {
 TEST(Resolve, IntegersInTheirManyForms) {
   const char* const forms[] = {"500000000", "5e8", "500000000.0", "'500000000'"};
   for (const char* form : forms) {
-    EXPECT_EQ(loaded(with_batch(std::string("zero_optimization: {reduce_bucket_size: ") + form + "}")).zero.reduce_bucket_numel, 500000000) << form;
+    EXPECT_EQ(loaded(with_batch(std::string("zero_optimization: {reduce_bucket_size: ") + form + "}")).zero.reduce_bucket_numel, 500000000)
+        << form;
   }
   for (const char* form : {"'5e8'", "0.5", "-1", "true", "1e30", "NaN", "Infinity", "[1]", "{}", "' 1'", "''"}) {
-    EXPECT_HAS(refusal(with_batch(std::string("zero_optimization: {reduce_bucket_size: ") + form + "}")), "zero_optimization.reduce_bucket_size: found ") << form;
+    EXPECT_HAS(refusal(with_batch(std::string("zero_optimization: {reduce_bucket_size: ") + form + "}")),
+               "zero_optimization.reduce_bucket_size: found ")
+        << form;
   }
   EXPECT_EQ(loaded(with_batch("zero_optimization: {sub_group_size: 1e14}")).zero.sub_group_numel, 100000000000000);
 }
@@ -117,7 +120,8 @@ TEST(Resolve, TruthValues) {
 }
 
 TEST(Resolve, ChoicesAndTypes) {
-  EXPECT_HAS(refusal(with_batch("zero_optimization: {stage: 3, offload_param: {device: 'CPU'}}")), "offload_param.device: found \"CPU\" (string); allowed: one of \"none\", \"cpu\", \"nvme\"");
+  EXPECT_HAS(refusal(with_batch("zero_optimization: {stage: 3, offload_param: {device: 'CPU'}}")),
+             "offload_param.device: found \"CPU\" (string); allowed: one of \"none\", \"cpu\", \"nvme\"");
   EXPECT_EQ(loaded(with_batch("checkpoint: {tag_validation: 'FAIL'}")).values["checkpoint"]["tag_validation"], "Fail");
   for (const char* form : {"fp16", "FP16", "float16", "half", "torch.float16"}) {
     EXPECT_EQ(loaded(with_batch(std::string("communication_data_type: '") + form + "'")).communication.dtype, "fp16") << form;
@@ -135,9 +139,11 @@ TEST(Resolve, ChoicesAndTypes) {
 }
 
 TEST(Resolve, UnknownKeys) {
-  EXPECT_HAS(refusal(with_batch("zero_optimization: {stagee: 1}")), "zero_optimization.stagee: unknown key; nearest known key: zero_optimization.stage");
+  EXPECT_HAS(refusal(with_batch("zero_optimization: {stagee: 1}")),
+             "zero_optimization.stagee: unknown key; nearest known key: zero_optimization.stage");
   EXPECT_HAS(refusal(with_batch("bf16: {loss_scale: 1}")), "known elsewhere as fp16.loss_scale");
-  EXPECT_HAS(refusal(with_batch("activation_checkpointing: {partitioned_activations: true}")), "activation_checkpointing.partition_activations");
+  EXPECT_HAS(refusal(with_batch("activation_checkpointing: {partitioned_activations: true}")),
+             "activation_checkpointing.partition_activations");
   const Config config = loaded(with_batch("zero_optimisation: {stage: 3}, xyz: 1"));
   ASSERT_EQ(config.remarks.size(), 1u);
   EXPECT_HAS(remark(config), "\"zero_optimisation\" (nearest known key: zero_optimization)", "\"xyz\"");
@@ -200,7 +206,8 @@ TEST(Resolve, DeprecatedKeysMove) {
 }
 
 TEST(Resolve, AllProblemsAtOnce) {
-  EXPECT_HAS(refusal("{train_batch_size: -1, fp16: {enabled: 3, x: 1}, bf16: 5}"), "4 problems", "train_batch_size: found -1", "fp16.enabled", "fp16.x", "bf16: found 5");
+  EXPECT_HAS(refusal("{train_batch_size: -1, fp16: {enabled: 3, x: 1}, bf16: 5}"), "4 problems", "train_batch_size: found -1",
+             "fp16.enabled", "fp16.x", "bf16: found 5");
   EXPECT_LACKS(refusal("{train_batch_size: -1, fp16: {enabled: 3, x: 1}, bf16: 5}"), "does not hold");
 }
 

@@ -30,13 +30,15 @@ TEST(Rules, Combinations) {
       {"fp16: {enabled: true, fp16_master_weights_and_grads: true}", "needs zero_optimization.stage 1, 2 or 3, found 0"},
       {"bf16: {enabled: true, bf16_master_weights_and_grads: true}", "needs zero_optimization.stage 1, 2 or 3, found 0"},
       {"zero_optimization: {stage: 1}, bf16: {bf16_optimizer_states: true}", "needs bf16.bf16_master_weights_and_grads true"},
-      {"zero_optimization: {stage: 2, offload_optimizer: {ratio: 0.5}}", "below 1 is allowed at stage 3 only; zero_optimization.stage is 2"},
+      {"zero_optimization: {stage: 2, offload_optimizer: {ratio: 0.5}}",
+       "below 1 is allowed at stage 3 only; zero_optimization.stage is 2"},
       {"zero_optimization: {stage: 3, compute_grad_norm: false}", "allowed at stages 1 and 2 only; zero_optimization.stage is 3"},
       {"zero_optimization: {stage: 2, compute_grad_norm: false}", "gradient_clipping is 1.0 (the default)"},
       {"zero_optimization: {stage: 3}, gradient_allreduce_op: 'SUM'", "only \"mean\" is allowed"},
       {"bf16: {enabled: true}, data_types: {param_dtype: 'fp16'}", "data_types.param_dtype: found \"fp16\""},
       {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true}}}", "curriculum_metrics: missing"},
-      {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true, curriculum_metrics: {len: {}}}}}", "curriculum_metrics.len.min_difficulty: missing"},
+      {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true, curriculum_metrics: {len: {}}}}}",
+       "curriculum_metrics.len.min_difficulty: missing"},
       {"data_efficiency: {data_sampling: {dynamic_batching: {enabled: true}}}", "max_tokens: missing"},
   };
   for (const auto& [text, expected] : cases) EXPECT_HAS(refusal(with_batch(text)), expected) << text;
@@ -64,7 +66,8 @@ TEST(Rules, OffloadWithoutEffectIsDropped) {
 TEST(Rules, OffloadDependsOnTheDevice) {
   const std::string host = with_batch("zero_optimization: {stage: 3, offload_optimizer: {device: 'cpu'}, offload_param: {device: 'cpu'}}");
   EXPECT_EQ(refusal(host), "");
-  EXPECT_HAS(refusal(host, on_cuda()), "zero_optimization.offload_optimizer.device: found \"cpu\", which cannot be honoured on a GPU; use \"none\"");
+  EXPECT_HAS(refusal(host, on_cuda()),
+             "zero_optimization.offload_optimizer.device: found \"cpu\", which cannot be honoured on a GPU; use \"none\"");
   const std::string files = with_batch("zero_optimization: {stage: 3, offload_optimizer: {device: 'nvme', nvme_path: '/x'}}");
   EXPECT_HAS(refusal(files), "found \"nvme\", which cannot be honoured; use \"none\"");
   EXPECT_HAS(refusal(files, on_cuda()), "found \"nvme\"");
@@ -72,17 +75,39 @@ TEST(Rules, OffloadDependsOnTheDevice) {
 
 TEST(Rules, RefusedWhenEnabled) {
   for (const char* text : {
-           "managed_gradient_accumulation: false", "sparse_gradients: true", "graph_harvesting: true", "amp: {enabled: true}",
-           "elasticity: {enabled: true}", "nebula: {enabled: true}", "eigenvalue: {enabled: true}", "curriculum_learning: {enabled: true}",
-           "progressive_layer_drop: {enabled: true}", "quantize_training: {enabled: true}", "sparse_attention: {mode: 'fixed'}",
+           "managed_gradient_accumulation: false",
+           "sparse_gradients: true",
+           "graph_harvesting: true",
+           "amp: {enabled: true}",
+           "elasticity: {enabled: true}",
+           "nebula: {enabled: true}",
+           "eigenvalue: {enabled: true}",
+           "curriculum_learning: {enabled: true}",
+           "progressive_layer_drop: {enabled: true}",
+           "quantize_training: {enabled: true}",
+           "sparse_attention: {mode: 'fixed'}",
            "compression_training: {sparse_pruning: {shared_parameters: {enabled: true}}}",
-           "zero_optimization: {stage: 3, mics_shard_size: 4}", "zero_optimization: {stage: 3, zeropp_loco_param: {err_beta: 0.8}}",
-           "zero_optimization: {stage: 2, zenflow: {topk_ratio: 0.1}}", "zero_optimization: {stage: 1, legacy_stage1: true}",
-           "zero_optimization: {stage: 3, zero_quantized_weights: true}", "bf16: {bf16_master_weights_and_grads: true}, zero_optimization: {stage: 1}",
-           "flops_profiler: {enabled: true}", "tensorboard: {enabled: true}", "wandb: {enabled: true}", "csv_monitor: {enabled: true}",
-           "comet: {enabled: true}", "comms_logger: {enabled: true}", "autotuning: {enabled: true}", "hybrid_engine: {enabled: true}",
-           "tensor_parallel: {autotp_size: 2}", "tensor_parallel: {tp: {tp_size: 2}}", "expert_parallel: {enabled: true}",
-           "pipeline: {stages: 2}", "compile: {deepcompile: true}", "compile: {passes: ['z3']}", "aio: {use_gds: true}",
+           "zero_optimization: {stage: 3, mics_shard_size: 4}",
+           "zero_optimization: {stage: 3, zeropp_loco_param: {err_beta: 0.8}}",
+           "zero_optimization: {stage: 2, zenflow: {topk_ratio: 0.1}}",
+           "zero_optimization: {stage: 1, legacy_stage1: true}",
+           "zero_optimization: {stage: 3, zero_quantized_weights: true}",
+           "bf16: {bf16_master_weights_and_grads: true}, zero_optimization: {stage: 1}",
+           "flops_profiler: {enabled: true}",
+           "tensorboard: {enabled: true}",
+           "wandb: {enabled: true}",
+           "csv_monitor: {enabled: true}",
+           "comet: {enabled: true}",
+           "comms_logger: {enabled: true}",
+           "autotuning: {enabled: true}",
+           "hybrid_engine: {enabled: true}",
+           "tensor_parallel: {autotp_size: 2}",
+           "tensor_parallel: {tp: {tp_size: 2}}",
+           "expert_parallel: {enabled: true}",
+           "pipeline: {stages: 2}",
+           "compile: {deepcompile: true}",
+           "compile: {passes: ['z3']}",
+           "aio: {use_gds: true}",
            "weight_quantization: {post_init_quant: {fc: {num_bits: 4}}}",
            "data_efficiency: {data_routing: {random_ltd: {enabled: true}}}",
        }) {
@@ -92,12 +117,22 @@ TEST(Rules, RefusedWhenEnabled) {
 
 TEST(Rules, PresentButOffIsAccepted) {
   for (const char* text : {
-           "sparse_gradients: false", "amp: {enabled: false, opt_level: 'O1'}", "elasticity: {enabled: false, max_train_batch_size: 8}",
-           "nebula: {enabled: false}", "eigenvalue: {enabled: 'no'}", "progressive_layer_drop: {enabled: false, theta: 0.5}",
-           "compression_training: {sparse_pruning: {shared_parameters: {enabled: false, method: 'l1'}, different_groups: {a: {params: {dense_ratio: 0.5}}}}}",
-           "zero_optimization: {mics_shard_size: -1, zeropp_loco_param: null}", "zero_optimization: {zenflow: null}",
-           "hybrid_engine: {enabled: false, max_out_tokens: 5}", "tensor_parallel: {autotp_size: 1}", "pipeline: {stages: 1}",
-           "pipeline: {stages: 'auto'}", "compile: {deepcompile: false, passes: null}", "weight_quantization: {}",
+           "sparse_gradients: false",
+           "amp: {enabled: false, opt_level: 'O1'}",
+           "elasticity: {enabled: false, max_train_batch_size: 8}",
+           "nebula: {enabled: false}",
+           "eigenvalue: {enabled: 'no'}",
+           "progressive_layer_drop: {enabled: false, theta: 0.5}",
+           "compression_training: {sparse_pruning: {shared_parameters: {enabled: false, method: 'l1'}, different_groups: {a: {params: "
+           "{dense_ratio: 0.5}}}}}",
+           "zero_optimization: {mics_shard_size: -1, zeropp_loco_param: null}",
+           "zero_optimization: {zenflow: null}",
+           "hybrid_engine: {enabled: false, max_out_tokens: 5}",
+           "tensor_parallel: {autotp_size: 1}",
+           "pipeline: {stages: 1}",
+           "pipeline: {stages: 'auto'}",
+           "compile: {deepcompile: false, passes: null}",
+           "weight_quantization: {}",
        }) {
     EXPECT_EQ(refusal(with_batch(text)), "") << text;
   }
