@@ -9,7 +9,8 @@ Importing this package imports nothing else, torch included: every name is fetch
 from deepspeed._lazy import attach, names
 
 _MODULES = ("accelerator", "checkpoint", "checkpointing", "comm", "config", "constants", "data", "device", "engine",
-            "git_version_info", "launcher", "module_inject", "ops", "parallel", "precision", "runtime", "schedules", "telemetry",
+            "git_version_info", "launcher", "module_inject", "monitor", "ops", "parallel", "precision", "profiling",
+            "runtime", "schedules", "telemetry",
             "utils", "zero")
 
 _EXPORTS = {
@@ -47,9 +48,7 @@ _NOT_BUILT = {
     **dict.fromkeys(("sequence", "domino"), "sequence parallelism"),
     **dict.fromkeys(("DeepSpeedHybridEngine",), "the hybrid engine for RLHF"),
     **dict.fromkeys(("linear",), "the LoRA and quantised linear layers"),
-    **dict.fromkeys(("profiling",), "the flops profiler"),
     **dict.fromkeys(("autotuning",), "autotuning"),
-    **dict.fromkeys(("monitor",), "monitoring by TensorBoard, W&B, Comet and CSV"),
     **dict.fromkeys(("nvme", "io"), "file offload tools"),
     **dict.fromkeys(("compile",), "compilation passes"),
     **dict.fromkeys(("elasticity", "compression", "nebula"), "elasticity and compression"),

@@ -6,27 +6,25 @@ namespace ds::config {
 
 namespace {
 
-const char* const kNoMonitor = "set it to false: this monitor is not built yet";
-
 Key file_monitor(const char* name, const char* doc) {
   return object(name, doc,
-      {boolean("enabled", false, "Use it").refuse(When::True, kNoMonitor),
-       text("output_path", "", "Directory; empty: the working directory").accepted(),
-       text("job_name", "DeepSpeedJobName", "Directory below it").accepted()})
+      {boolean("enabled", false, "Use it"),
+       text("output_path", "", "Directory; empty: the working directory"),
+       text("job_name", "DeepSpeedJobName", "Directory below it")})
       .numbers_as_text();
 }
 
 Key comet_section() {
   return object("comet", "Comet, from rank 0",
-      {boolean("enabled", false, "Use it").refuse(When::True, kNoMonitor),
-       integer("samples_log_interval", 100, "Samples between points").at_least(1).accepted(),
-       text("project", nullptr, "Project").accepted(),
-       text("workspace", nullptr, "Workspace").accepted(),
-       text("api_key", nullptr, "Key; better given in the environment").accepted(),
-       text("experiment_name", nullptr, "Name").accepted(),
-       text("experiment_key", nullptr, "Key of the experiment").accepted(),
-       boolean("online", nullptr, "Send while running").accepted(),
-       choice("mode", nullptr, {"get", "create", "get_or_create"}, "Which experiment").accepted()})
+      {boolean("enabled", false, "Use it"),
+       integer("samples_log_interval", 100, "Samples between points").at_least(1),
+       text("project", nullptr, "Project"),
+       text("workspace", nullptr, "Workspace"),
+       text("api_key", nullptr, "Key; better given in the environment"),
+       text("experiment_name", nullptr, "Name"),
+       text("experiment_key", nullptr, "Key of the experiment"),
+       boolean("online", nullptr, "Send while running"),
+       choice("mode", nullptr, {"get", "create", "get_or_create"}, "Which experiment")})
       .numbers_as_text();
 }
 
@@ -64,20 +62,20 @@ Key autotuning_section() {
 std::vector<Key> tool_keys() {
   return {
       object("flops_profiler", "Count operations of the model",
-             {boolean("enabled", false, "Use it").refuse(When::True, "set it to false: the profiler is not built yet"),
-              number("recompute_fwd_factor", 0.0, "Extra forward share when activations are recomputed").at_least(0).accepted(),
-              integer("profile_step", 1, "Which update").at_least(0).accepted(),
-              integer("module_depth", -1, "Depth of the report; -1: all").at_least(-1).accepted(),
-              integer("top_modules", 1, "Modules listed a depth").at_least(0).accepted(),
-              boolean("detailed", true, "Print the whole tree").accepted(),
-              text("output_file", nullptr, "Report goes here; null: standard output").accepted()}),
+             {boolean("enabled", false, "Use it; also measures the times of wall_clock_breakdown"),
+              number("recompute_fwd_factor", 0.0, "Extra forward share when activations are recomputed").at_least(0),
+              integer("profile_step", 1, "Updates done before the one that is profiled").at_least(0),
+              integer("module_depth", -1, "Depth of the report; -1: all").at_least(-1),
+              integer("top_modules", 1, "Modules listed a depth").at_least(0),
+              boolean("detailed", true, "Print the whole tree"),
+              text("output_file", nullptr, "Report goes here; null: standard output")}),
       file_monitor("tensorboard", "TensorBoard files, from rank 0"),
       file_monitor("csv_monitor", "One CSV file a measure, from rank 0"),
       object("wandb", "Weights & Biases, from rank 0",
-             {boolean("enabled", false, "Use it").refuse(When::True, kNoMonitor),
-              text("project", "deepspeed", "Project").accepted(),
-              text("group", nullptr, "Group").accepted(),
-              text("team", nullptr, "Team").accepted()})
+             {boolean("enabled", false, "Use it"),
+              text("project", "deepspeed", "Project"),
+              text("group", nullptr, "Group"),
+              text("team", nullptr, "Team")})
           .numbers_as_text(),
       comet_section(),
       object("comms_logger", "Record of every collective",

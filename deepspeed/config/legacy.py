@@ -93,8 +93,7 @@ class DeepSpeedConfig:
 
     @property
     def monitor_config(self):
-        monitors = {name: getattr(self.config, name) for name in ("tensorboard", "comet", "wandb", "csv_monitor")}
-        return SimpleNamespace(**monitors, enabled=any(monitor.enabled for monitor in monitors.values()))
+        return _monitors(self.config)
 
     def print_user_config(self):
         """Prints what the user wrote."""
@@ -106,6 +105,16 @@ class DeepSpeedConfig:
         for key, value in sorted(self.config.items()):
             print(f"  {key} = {value.to_dict() if isinstance(value, Section) else value}")
         self.print_user_config()
+
+
+def _monitors(config):
+    monitors = {name: getattr(config, name) for name in ("tensorboard", "comet", "wandb", "csv_monitor")}
+    return SimpleNamespace(**monitors, enabled=any(monitor.enabled for monitor in monitors.values()))
+
+
+def get_monitor_config(param_dict):
+    """The monitors' sections of a configuration given as a dict, checked, as MonitorMaster takes them."""
+    return _monitors(load_config(param_dict, world_size=1, batch_required=False))
 
 
 class DeepSpeedConfigWriter:

@@ -162,8 +162,8 @@ class ConfigAccessors:
 
     gradient_clipping = _top("gradient_clipping")
     steps_per_print = _top("steps_per_print")
-    wall_clock_breakdown = _top("wall_clock_breakdown")
     memory_breakdown = _top("memory_breakdown")
+    log_level = _top("log_level")
     gradient_predivide_factor = _top("gradient_predivide_factor")
     prescale_gradients = _top("prescale_gradients")
     dataloader_drop_last = _top("dataloader_drop_last")
@@ -206,6 +206,3 @@ class ConfigAccessors:
         found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(found, mine, group=group)
         return found
-
-    def get_wall_clock_timers(self):
-        return self.timers

@@ -2,7 +2,6 @@
 """The engine: a model that trains as its configuration says. Thin: the work is in csrc/zero and deepspeed.zero."""
 import contextlib
 import gc
-import math
 
 import torch
 import torch.distributed as dist
@@ -15,15 +14,12 @@ from deepspeed.engine.batch import BatchSizes
 from deepspeed.engine.inputs import autocast_context, cast_positional
 from deepspeed.engine.join import Join
 from deepspeed.engine.layout import layout_of
+from deepspeed.engine.reporting import Reporting
 from deepspeed.engine.saving import CheckpointMethods
-from deepspeed.telemetry import logger
-from deepspeed.telemetry.timers import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
 from deepspeed.zero.offload import DeepSpeedZeRoOffload
 
-_FORWARD, _BACKWARD, _STEP = "forward", "backward", "step"
 
-
-class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.Module):
+class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, Reporting, torch.nn.Module):
     """What initialize() returns. Call it like the model; then backward(loss) and step() for every micro-batch.
 
     `module` is the caller's own model, whose parameters now live in the engine's buffers. Unknown attributes are looked up
@@ -50,8 +46,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
         self._build(model, optimizer, model_parameters)
         self._make_scheduler(lr_scheduler)
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
-        if config.dump_state:
-            logger.warning(f"engine state: {self.dump_state()}")
+        self._say_state()
         if config.disable_python_gc:
             gc.collect()
             gc.disable()
@@ -79,7 +74,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self.losses = None
         self.optimizer = self.basic_optimizer = self.lr_scheduler = None
-        self.checkpoint_engine = self.monitor = self.flops_profiler = None
+        self.checkpoint_engine = None
         self.enable_backward_allreduce = True
         self._boundary = None
         self._step_applied = False
@@ -92,14 +87,10 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
         self._scaled = False
         self._joining = None
         self._compiled = False
-        self.timers = SynchronizedWallClockTimer() if cfg.wall_clock_breakdown else NoopTimer()
-        self.tput_timer = ThroughputTimer(cfg.timers.throughput, cfg.train_batch_size, steps_per_output=cfg.steps_per_print)
+        self._open_telemetry()
 
     def _build(self, model, optimizer, model_parameters):
         cfg, layout = self._config, self._layout
-        if cfg.log_level:
-            from deepspeed.telemetry import set_log_level_from_string
-            set_log_level_from_string(cfg.log_level)
         self.param_names = {parameter: name for name, parameter in model.named_parameters()}
         basic, from_client = optimizers.choose(cfg, model, optimizer, model_parameters)
         stage = cfg.zero_optimization.stage
@@ -159,12 +150,15 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
             self._joining.announce()
         if self._config.fp16.auto_cast and self._layout.compute_dtype is not None:
             inputs = cast_positional(inputs, self._layout.compute_dtype)
-        self.timers(_FORWARD).start()
+        watched = self._watching and self.training
         if self.training:
             self.tput_timer.start()
+        if watched:
+            self._begin("forward")
         with autocast_context(self._config.torch_autocast, self.device):
             output = self.module(*inputs, **kwargs)
-        self.timers(_FORWARD).stop()
+        if watched:
+            self._end("forward")
         return output
 
     def _check_loss(self, loss):
@@ -186,24 +180,39 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
         """
         self._check_loss(loss)
         managed = self._managed
-        self.timers(_BACKWARD).start()
+        if self._watching:
+            self._begin("backward")
         result = loss / self._gas if scale_wrt_gas and self._gas > 1 else loss
         self.losses = result.detach()
+        if self._keep_loss:
+            self._loss_sum = self.losses.float() if self._loss_sum is None else self._loss_sum + self.losses.float()
         scale = self.optimizer.loss_scale
         managed.reducer.set_post_scale(self._layout.post_scale)
         managed.reducer.set_refusal("")
         managed.hooks.begin_manual()
         try:
-            (result.float() * scale if scale != 1.0 else result).backward(retain_graph=retain_graph)
-            managed.hooks.end_backward()
+            self._run_backward(result.float() * scale if scale != 1.0 else result, retain_graph)
         except BaseException:
             managed.hooks.abort_backward()
             raise
         finally:
             self._set_default_scale()
         self._refuse_unused()
-        self.timers(_BACKWARD).stop()
+        if self._watching:
+            self._end("backward")
         return result
+
+    def _run_backward(self, scaled, retain_graph):
+        hooks, watching = self._managed.hooks, self._watching
+        if watching:
+            self._begin("backward_inner")
+        scaled.backward(retain_graph=retain_graph)
+        if watching:
+            self._end("backward_inner")
+            self._begin("backward_allreduce")  # what of the reductions is left when backward is through
+        hooks.end_backward()
+        if watching:
+            self._end("backward_allreduce")
 
     def _refuse_unused(self):
         """zero_optimization.ignore_unused_parameters false: every trained parameter must get a gradient."""
@@ -242,7 +251,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
             raise AssertionError("step: called inside no_sync()")
         if not isinstance(self.optimizer, build.ShardedOptimizer):
             raise AssertionError("step: this engine has no optimizer")
-        self.timers(_STEP).start()
+        if self._watching:
+            self._begin("step")
         boundary = self.is_gradient_accumulation_boundary()
         self._step_applied = False
         if boundary:
@@ -253,9 +263,10 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
         self._set_default_scale()
         self.micro_steps += 1
         self.tput_timer.stop(global_step=boundary)
-        self.timers(_STEP).stop()
-        if boundary:
-            self._report()
+        if self._watching:
+            self._end("step")
+        if self._reporting:
+            self._report(boundary)
 
     def _after_update(self, lr_kwargs):
         self._global_grad_norm = self.optimizer.get_global_norm()
@@ -267,15 +278,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
-
-    def _report(self):
-        every = self._config.steps_per_print
-        if every and not math.isinf(every) and self.global_steps % int(every) == 0 and self.global_rank == 0:
-            norm = self._global_grad_norm
-            logger.warning(f"step {self.global_steps}: lr {self.get_lr()}, gradient norm {norm if norm is None else round(norm, 4)}, "
-                           f"skipped {self.skipped_steps}, loss scale {self.optimizer.loss_scale:g}")
-        if self._config.wall_clock_breakdown and self.global_rank == 0:
-            self.timers.log([_FORWARD, _BACKWARD, _STEP], memory_breakdown=self._config.memory_breakdown)
 
     def was_step_applied(self):
         """Whether the last step() updated the parameters."""
@@ -394,9 +396,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, torch.nn.M
         self.optimizer = self.basic_optimizer = self.lr_scheduler = self.client_optimizer = self.client_lr_scheduler = None
         self.param_names = {}
         self._managed = None
-
-    def dump_state(self):
-        return {name: str(value)[:200] for name, value in sorted(self.__dict__.items()) if not name.startswith("_")}
+        self.monitor.close()
 
 
 class _StepNumber:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's logger, "DeepSpeed": silent below WARNING unless told otherwise; every line names its rank. No torch."""
+"""The library's logger, "DeepSpeed": silent below WARNING unless told otherwise; every line names its rank. No torch.
+
+Note [Who logs]: lines come from rank 0, or a lone process, so that N ranks do not say the same thing N times. Errors, lines for
+which `ranks` was named, and everything at level DEBUG come from any rank.
+"""
 import json
 import logging
 import os
@@ -8,6 +12,8 @@ import sys
 from deepspeed._environment import read
 
 _FORMAT = "[%(asctime)s] [%(levelname)s] [rank %(rank)s] [%(filename)s:%(lineno)d:%(funcName)s] %(message)s"
+REPORT = 35  # between WARNING and ERROR: lines that the configuration asked for, such as progress every steps_per_print
+logging.addLevelName(REPORT, "REPORT")
 _LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
 
 
@@ -19,11 +25,14 @@ def current_rank():
     return read("RANK")
 
 
+_CHOSEN = {"rank_chosen": True}  # somebody has decided already that this rank speaks
+
+
 class _RankFilter(logging.Filter):
     def filter(self, record):
         rank = current_rank()
         record.rank = "-" if rank is None else rank
-        return True
+        return not rank or record.levelno >= logging.ERROR or getattr(record, "rank_chosen", False) or logger.level <= logging.DEBUG
 
 
 class _Logger(logging.Logger):
@@ -62,7 +71,7 @@ logger = _make_logger()
 
 
 def _speaks_here(ranks):
-    """Note [Who logs]: ranks None is rank 0; [-1] is every rank; a lone process always speaks."""
+    """ranks None is rank 0; [-1] is every rank; a lone process always speaks."""
     rank = current_rank()
     if rank is None:
         return True
@@ -73,7 +82,13 @@ def _speaks_here(ranks):
 def log_dist(message, ranks=None, level=logging.INFO):
     """Logs `message` on the given ranks: None is rank 0, [-1] every rank."""
     if _speaks_here(ranks):
-        logger.log(level, message, stacklevel=2)
+        logger.log(level, message, stacklevel=2, extra=_CHOSEN)
+
+
+def report(message, ranks=None):
+    """`log_dist` of a line the user asked for: it comes out unless the level is ERROR or above."""
+    if _speaks_here(ranks):
+        logger.log(REPORT, message, stacklevel=2, extra=_CHOSEN)
 
 
 def log_dist_once(message, ranks=None, level=logging.INFO):
@@ -81,7 +96,7 @@ def log_dist_once(message, ranks=None, level=logging.INFO):
     key = ("log_dist_once", message)
     if key not in logger._said and _speaks_here(ranks):
         logger._said.add(key)
-        logger.log(level, message, stacklevel=2)
+        logger.log(level, message, stacklevel=2, extra=_CHOSEN)
 
 
 def print_dist(message, ranks=None):

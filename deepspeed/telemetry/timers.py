@@ -4,10 +4,11 @@
 Note [Timing without waiting]: a started timer records a device event and a stopped one another; the host waits only when
 somebody asks for the figure. On the CPU an event is the wall clock. All figures are milliseconds, except samples/s.
 """
+import logging
 import time
 
 from deepspeed.device.select import get_accelerator
-from deepspeed.telemetry.logs import log_dist, logger
+from deepspeed.telemetry.logs import current_rank, logger, report
 
 FORWARD_MICRO_TIMER = "fwd_microstep"
 FORWARD_GLOBAL_TIMER = "fwd"
@@ -112,14 +113,14 @@ class SynchronizedWallClockTimer:
                 f"max_mem_reserved: {device.max_memory_reserved() / _GB:.4f} GB")
 
     def log(self, names, normalizer=1.0, reset=True, memory_breakdown=False, ranks=None):
-        """Logs the named timers, each divided by `normalizer`, on rank 0 or `ranks`."""
+        """Reports the named timers, each divided by `normalizer`, on rank 0 or `ranks`. They are read, and reset, on every rank."""
         if normalizer <= 0:
             raise ValueError(f"normalizer must be positive, got {normalizer}")
         figures = [f"{name}: {self.timers[name].elapsed(reset=reset) / normalizer:.2f}" for name in names if name in self.timers]
-        text = "time (ms) | " + " | ".join(figures)
+        text = f"[Rank {current_rank() or 0}] time (ms) | " + " | ".join(figures)
         if memory_breakdown:
             text += " | " + self.memory_usage()
-        log_dist(text, ranks=ranks or [0])
+        report(text, ranks=ranks or [0])
 
     def get_mean(self, names, normalizer=1.0, reset=True):
         """{name: mean of its recorded intervals / normalizer, ms}."""
@@ -171,7 +172,9 @@ class NoopTimer:
 class ThroughputTimer:
     """Samples per second of the training loop; the first `start_step` steps do not count.
 
-    `config` needs the attributes `enabled` and `synchronized` (wait for the device at both ends of a step).
+    config: has the attributes `enabled`, and `synchronized`: measure the device's time, not the host's. Either way the host never
+    waits for the device before somebody asks for a figure.
+    logging_fn: takes the line said every `steps_per_output` steps; default: the logger, at level INFO.
     """
 
     def __init__(self, config, batch_size, start_step=2, steps_per_output=None, monitor_memory=False, logging_fn=None):
@@ -180,65 +183,88 @@ class ThroughputTimer:
         self.start_step = start_step
         self.steps_per_output = steps_per_output
         self.monitor_memory = monitor_memory
-        self.logging = logging_fn or logger.info
+        self.logging = logging_fn
         self.epoch_count = 0
         self.micro_step_count = 0
         self.global_step_count = 0
-        self.total_elapsed_time = 0.0  # seconds
-        self.step_elapsed_time = 0.0  # seconds of the steps since the last report
         self.started = False
-        self._began_s = None  # None: a step that does not count
+        self._enabled = bool(config.enabled)
+        self._by_event = self._enabled and bool(config.synchronized) and not get_accelerator().is_synchronized_device()
+        self._began = None  # what _mark() gave; None: a step that does not count
+        self._pending = []  # intervals on the device that have not been read, as (begin, end, ends a step)
+        self._total_s = self._step_s = self._last_step_s = 0.0
 
     def update_epoch_count(self):
         self.epoch_count += 1
         self.micro_step_count = 0
 
-    def _now_s(self):
-        if self.config.synchronized:
-            get_accelerator().synchronize()
-        return time.perf_counter()
+    def _mark(self):
+        if not self._by_event:
+            return time.perf_counter()
+        event = get_accelerator().Event(enable_timing=True)
+        event.record()
+        return event
 
     def start(self):
-        if not self.config.enabled:
-            return
-        self.started = True
-        self._began_s = self._now_s() if self.global_step_count >= self.start_step else None
+        if self._enabled:
+            self.started = True
+            self._began = self._mark() if self.global_step_count >= self.start_step else None
 
     def stop(self, global_step=False, report_speed=True):
         """Ends a micro-step; `global_step` says that the optimizer stepped."""
-        if not self.config.enabled or not self.started:
+        if not self.started:
             return
         self.started = False
         self.micro_step_count += 1
         if global_step:
             self.global_step_count += 1
-        if self._began_s is None:
+        if self._began is None:
             return
-        seconds = self._now_s() - self._began_s
-        self.total_elapsed_time += seconds
-        self.step_elapsed_time += seconds
-        if global_step:
-            if report_speed and self._is_report_boundary():
-                self._report()
-            self.step_elapsed_time = 0.0
+        end = self._mark()
+        if self._by_event:
+            self._pending.append((self._began, end, global_step))
+            if len(self._pending) >= 1024:
+                self._settle()
+        else:
+            self._add(end - self._began, global_step)
+        if global_step and report_speed and self.steps_per_output and self.global_step_count % self.steps_per_output == 0:
+            self._report()
 
-    def _is_report_boundary(self):
-        return bool(self.steps_per_output) and self.global_step_count % self.steps_per_output == 0
+    def _add(self, seconds, ends_step):
+        self._total_s += seconds
+        self._step_s += seconds
+        if ends_step:
+            self._last_step_s, self._step_s = self._step_s, 0.0
+
+    def _settle(self):
+        for begin, end, ends_step in self._pending:
+            end.synchronize()
+            self._add(begin.elapsed_time(end) / 1000.0, ends_step)
+        self._pending = []
 
     def _report(self):
+        if self.logging is None and not logger.isEnabledFor(logging.INFO):
+            return
         text = (f"epoch={self.epoch_count}/micro_step={self.micro_step_count}/global_step={self.global_step_count}, "
-                f"samples/s: {self.avg_samples_per_sec():.2f} on average, "
-                f"{self.batch_size / max(self.step_elapsed_time, 1e-9):.2f} in the last step")
+                f"RunningAvgSamplesPerSec={self.avg_samples_per_sec():.4f}, "
+                f"CurrSamplesPerSec={self.batch_size / max(self._last_step_s, 1e-9):.4f}")
         if self.monitor_memory:
             text += ", " + SynchronizedWallClockTimer.memory_usage()
-        self.logging(text)
+        (self.logging or logger.info)(text)
+
+    @property
+    def total_elapsed_time(self):
+        """Seconds of all steps that count."""
+        self._settle()
+        return self._total_s
 
     def avg_samples_per_sec(self):
-        """Over all counted steps; negative infinity before the first."""
+        """Over all steps that count; negative infinity before the first."""
         counted = self.global_step_count - self.start_step
-        if counted <= 0 or self.total_elapsed_time <= 0.0:
+        elapsed_s = self.total_elapsed_time
+        if counted <= 0 or elapsed_s <= 0.0:
             return float("-inf")
-        return self.batch_size / (self.total_elapsed_time / counted)
+        return self.batch_size / (elapsed_s / counted)
 
 
 def trim_mean(data, trim_percent):

@@ -20,7 +20,7 @@ LEVELS = [
     {"checkpoint"},
     {"engine"},
     {"launcher"},
-    {"runtime", "utils", "accelerator", "module_inject"},  # import paths users have: only the top may hand them on
+    {"runtime", "utils", "accelerator", "module_inject", "monitor", "profiling"},  # import paths users have: only the top may hand them on
     {""},  # deepspeed/__init__.py
 ]
 HEIGHT = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}

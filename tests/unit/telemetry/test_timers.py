@@ -12,7 +12,7 @@ from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, Through
 def clock(monkeypatch):
     """A clock the test moves, in seconds; also the device's."""
     now = types.SimpleNamespace(s=100.0)
-    device = types.SimpleNamespace(Event=HostEvent, synchronize=lambda: None, memory_allocated=lambda: 0, max_memory_allocated=lambda: 0,
+    device = types.SimpleNamespace(Event=HostEvent, is_synchronized_device=lambda: False, memory_allocated=lambda: 0, max_memory_allocated=lambda: 0,
                                    memory_reserved=lambda: 0, max_memory_reserved=lambda: 0)
     monkeypatch.setattr("time.perf_counter", lambda: now.s)
     monkeypatch.setattr(module, "get_accelerator", lambda: device)
@@ -71,14 +71,14 @@ def test_misuse(clock):
 
 def test_log_line(clock, monkeypatch):
     said = []
-    monkeypatch.setattr(module, "log_dist", lambda text, ranks: said.append((text, ranks)))
+    monkeypatch.setattr(module, "report", lambda text, ranks: said.append((text, ranks)))
     timers = SynchronizedWallClockTimer()
     timers("fwd").start()
     clock.s += 0.5
     timers("fwd").stop()
     timers.log(["fwd", "unknown"], normalizer=2, memory_breakdown=True)
     (text, ranks), = said
-    assert text.startswith("time (ms) | fwd: 250.00 | mem_allocated") and ranks == [0]
+    assert text.startswith("[Rank 0] time (ms) | fwd: 250.00 | mem_allocated") and ranks == [0]
 
 
 def test_noop_timer_takes_everything():
@@ -89,9 +89,10 @@ def test_noop_timer_takes_everything():
     assert timers("x").elapsed(reset=True) == timers("x").mean() == 0 and timers.get_mean(["x"]) == {} and timers.get_timers() == {}
 
 
-def test_throughput_leaves_out_the_first_steps(clock):
+@pytest.mark.parametrize("synchronized", [True, False])
+def test_throughput_leaves_out_the_first_steps(clock, synchronized):
     said = []
-    timer = ThroughputTimer(types.SimpleNamespace(enabled=True, synchronized=True), batch_size=10, start_step=2, steps_per_output=2,
+    timer = ThroughputTimer(types.SimpleNamespace(enabled=True, synchronized=synchronized), batch_size=10, start_step=2, steps_per_output=2,
                             logging_fn=said.append)
     assert timer.avg_samples_per_sec() == float("-inf")
     timer.update_epoch_count()
@@ -102,7 +103,18 @@ def test_throughput_leaves_out_the_first_steps(clock):
             timer.stop(global_step=micro == 1)
     assert timer.avg_samples_per_sec() == pytest.approx(10 / 3) and timer.global_step_count == 4 and timer.micro_step_count == 8
     assert timer.epoch_count == 1 and len(said) == 1
-    assert "global_step=4" in said[0] and "3.33 on average, 2.50 in the last step" in said[0]
+    assert "global_step=4" in said[0] and "RunningAvgSamplesPerSec=3.3333, CurrSamplesPerSec=2.5000" in said[0]
+
+
+def test_throughput_waits_for_the_device_only_when_asked(clock, monkeypatch):
+    waits = []
+    monkeypatch.setattr(HostEvent, "synchronize", lambda self: waits.append(1))
+    timer = ThroughputTimer(types.SimpleNamespace(enabled=True, synchronized=True), batch_size=4, start_step=0, steps_per_output=1)
+    for _ in range(5):
+        timer.start()
+        clock.s += 2
+        timer.stop(global_step=True)
+    assert not waits and timer.avg_samples_per_sec() == 2.0 and waits
 
 
 def test_throughput_disabled(clock):

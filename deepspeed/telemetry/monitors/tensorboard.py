@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Events as TensorBoard scalars (package tensorboard, through torch.utils.tensorboard)."""
+import os
+
+from deepspeed.telemetry.monitors.sink import Monitor, need_package, number
+
+
+class TensorBoardMonitor(Monitor):
+    """Event files under `<output_path>/<job_name>`; the step of a scalar is the number of samples seen."""
+
+    def __init__(self, tensorboard_config):
+        super().__init__(tensorboard_config)
+        self.output_path, self.job_name = tensorboard_config.output_path, tensorboard_config.job_name
+        self.summary_writer = None
+        if self.writes:
+            self.get_summary_writer()
+
+    def get_summary_writer(self):
+        """The SummaryWriter, made at the first call; None where nothing is written."""
+        if self.writes and self.summary_writer is None:
+            need_package("tensorboard", "tensorboard", "tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+            self.summary_writer = SummaryWriter(log_dir=os.path.join(self.output_path or "", self.job_name))
+        return self.summary_writer
+
+    def write_events(self, event_list, flush=True):
+        if not self.writes:
+            return
+        writer = self.get_summary_writer()
+        for name, value, step in event_list:
+            writer.add_scalar(name, number(value), number(step))
+        if flush:
+            writer.flush()
+
+    def flush(self):
+        if self.summary_writer is not None:
+            self.summary_writer.flush()
+
+    def close(self):
+        if self.summary_writer is not None:
+            self.summary_writer.close()
+            self.summary_writer = None
