@@ -93,11 +93,6 @@ TEST(Rules, RefusedWhenEnabled) {
            "zero_optimization: {stage: 1, legacy_stage1: true}",
            "zero_optimization: {stage: 3, zero_quantized_weights: true}",
            "bf16: {bf16_master_weights_and_grads: true}, zero_optimization: {stage: 1}",
-           "flops_profiler: {enabled: true}",
-           "tensorboard: {enabled: true}",
-           "wandb: {enabled: true}",
-           "csv_monitor: {enabled: true}",
-           "comet: {enabled: true}",
            "comms_logger: {enabled: true}",
            "autotuning: {enabled: true}",
            "hybrid_engine: {enabled: true}",
@@ -112,6 +107,12 @@ TEST(Rules, RefusedWhenEnabled) {
            "data_efficiency: {data_routing: {random_ltd: {enabled: true}}}",
        }) {
     EXPECT_HAS(refusal(with_batch(text)), "which cannot be honoured; ") << text;
+  }
+}
+
+TEST(Rules, MonitorsAndTheProfilerCanBeSwitchedOn) {
+  for (const char* section : {"flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet"}) {
+    EXPECT_NO_THROW(loaded(with_batch(std::string(section) + ": {enabled: true}"))) << section;
   }
 }
 
