@@ -97,40 +97,84 @@ void activation_rules(const Resolved& resolved, Findings& findings) {
   }
 }
 
+bool require(const Json& section, const std::string& path, const std::vector<const char*>& names, const char* why, Findings& findings) {
+  bool all = true;
+  for (const char* name : names) {
+    if (!section[name].is_null()) continue;
+    findings.problem(join(path, name), std::string("missing; ") + why);
+    all = false;
+  }
+  return all;
+}
+
+// The difficulties of one measure, and how they grow.
+void schedule_rules(const Json& measure, const std::string& path, Findings& findings) {
+  if (!require(measure, path, {"min_difficulty", "max_difficulty", "schedule_type"}, "every measure requires it", findings)) return;
+  if (measure["min_difficulty"].get<double>() > measure["max_difficulty"].get<double>()) {
+    findings.problem(path + ".min_difficulty",
+                     "found " + show(measure["min_difficulty"]) + ", above max_difficulty, " + show(measure["max_difficulty"]));
+  }
+  const Json& schedule = measure["schedule_config"];
+  const std::string type = measure["schedule_type"];
+  const std::string here = path + ".schedule_config";
+  const std::string why = "schedule_type " + in_quotes(type) + " requires it";
+  if (type == "fixed_linear") require(schedule, here, {"total_curriculum_step", "difficulty_step"}, why.c_str(), findings);
+  if (type == "fixed_root") require(schedule, here, {"total_curriculum_step", "difficulty_step", "root_degree"}, why.c_str(), findings);
+  if (type != "fixed_discrete" || !require(schedule, here, {"difficulty", "max_step"}, why.c_str(), findings)) return;
+  if (schedule["difficulty"].size() != schedule["max_step"].size() + 1) {
+    findings.problem(here + ".difficulty", "has " + std::to_string(schedule["difficulty"].size()) +
+                                               " items; allowed: one more than max_step, which has " +
+                                               std::to_string(schedule["max_step"].size()));
+  }
+}
+
 void curriculum_rules(const Resolved& resolved, Findings& findings) {
+  const Json& old_form = resolved.values["curriculum_learning"];
+  if (on(old_form, "enabled")) schedule_rules(old_form, "curriculum_learning", findings);
   const std::string path = "data_efficiency.data_sampling.curriculum_learning";
   const Json& section = resolved.values["data_efficiency"]["data_sampling"]["curriculum_learning"];
   if (!on(section, "enabled")) return;
   const Json& metrics = section["curriculum_metrics"];
   if (metrics.empty()) findings.problem(path + ".curriculum_metrics", "missing; required when curriculum_learning.enabled is true");
   for (const auto& [name, metric] : metrics.items()) {
-    const std::string here = path + ".curriculum_metrics." + name;
-    for (const char* required : {"min_difficulty", "max_difficulty", "schedule_type"}) {
-      if (metric[required].is_null()) findings.problem(here + "." + required, "missing; every measure requires it");
-    }
-    const Json& levels = metric["schedule_config"]["difficulty"];
-    const Json& steps = metric["schedule_config"]["max_step"];
-    if (metric["schedule_type"] == "fixed_discrete" && levels.size() != steps.size() + 1) {
-      findings.problem(
-          here + ".schedule_config.difficulty",
-          "has " + std::to_string(levels.size()) + " items; allowed: one more than max_step, which has " + std::to_string(steps.size()));
+    const std::string here = join(path + ".curriculum_metrics", name);
+    schedule_rules(metric, here, findings);
+    if (metric["clustering_type"] == "single_cluster") continue;
+    require(metric, here, {"index_to_sample_path", "index_to_metric_path", "difficulty_type"},
+            "required unless clustering_type is \"single_cluster\"", findings);
+  }
+}
+
+void token_dropping_rules(const Resolved& resolved, Findings& findings) {
+  const std::string path = "data_efficiency.data_routing.random_ltd";
+  const Json& ltd = resolved.values["data_efficiency"]["data_routing"]["random_ltd"];
+  if (!on(ltd, "enabled")) return;
+  const char* const why = "required when random_ltd.enabled is true";
+  require(ltd["random_ltd_schedule"], path + ".random_ltd_schedule", {"min_value", "max_value", "schedule_type"}, why, findings);
+  require(ltd["random_ltd_schedule"]["schedule_config"], path + ".random_ltd_schedule.schedule_config", {"require_steps", "seq_per_step"},
+          why, findings);
+  if (!require(ltd, path, {"total_layer_num", "random_ltd_layer_num", "random_ltd_layer_id", "model_type"}, why, findings)) return;
+  const Json& ids = ltd["random_ltd_layer_id"];
+  const int64_t total = ltd["total_layer_num"];
+  if (ids.size() != ltd["random_ltd_layer_num"].get<size_t>()) {
+    findings.problem(path + ".random_ltd_layer_id",
+                     "has " + std::to_string(ids.size()) + " items, but random_ltd_layer_num is " + show(ltd["random_ltd_layer_num"]));
+  }
+  for (const Json& id : ids) {
+    if (id.get<int64_t>() < 0 || id.get<int64_t>() >= total) {
+      findings.problem(path + ".random_ltd_layer_id",
+                       "found " + show(id) + "; allowed: 0 to total_layer_num - 1 = " + std::to_string(total - 1));
     }
   }
 }
 
 void data_rules(const Resolved& resolved, Findings& findings) {
   curriculum_rules(resolved, findings);
+  token_dropping_rules(resolved, findings);
   const Json& batching = resolved.values["data_efficiency"]["data_sampling"]["dynamic_batching"];
   if (on(batching, "enabled") && batching["max_tokens"].is_null()) {
     findings.problem("data_efficiency.data_sampling.dynamic_batching.max_tokens",
                      "missing; required when dynamic_batching.enabled is true");
-  }
-  const Json& ltd = resolved.values["data_efficiency"]["data_routing"]["random_ltd"];
-  if (on(ltd, "enabled") && ltd["random_ltd_layer_id"].is_array() && ltd["random_ltd_layer_num"].is_number() &&
-      ltd["random_ltd_layer_id"].size() != ltd["random_ltd_layer_num"].get<size_t>()) {
-    findings.problem("data_efficiency.data_routing.random_ltd.random_ltd_layer_id",
-                     "has " + std::to_string(ltd["random_ltd_layer_id"].size()) + " items, but random_ltd_layer_num is " +
-                         show(ltd["random_ltd_layer_num"]));
   }
 }
 

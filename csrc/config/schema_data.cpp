@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// data_efficiency (curriculum, token dropping) and weight quantisation.
+// data_efficiency (curriculum, token dropping), the old form of a curriculum, and weight quantisation.
 #include "config/schema.h"
 
 namespace ds::config {
@@ -7,28 +7,38 @@ namespace ds::config {
 namespace {
 
 const char* const kNotBuilt = "set it to false: it is not built yet";
+const std::vector<std::string> kSchedules = {"fixed_linear", "fixed_root", "fixed_discrete", "custom"};
 
-Key metric_schedule() {
+Key difficulty_schedule() {
   return object("schedule_config", "Depends on schedule_type",
-      {integer("total_curriculum_step", nullptr, "Length").at_least(1).accepted(),
-       integer("difficulty_step", nullptr, "Smallest change").at_least(1).accepted(),
-       integer("root_degree", nullptr, "Of fixed_root").at_least(1).accepted(),
-       integers("difficulty", nullptr, "Of fixed_discrete").accepted(),
-       integers("max_step", nullptr, "Of fixed_discrete, one fewer").accepted()});
+      {integer("total_curriculum_step", nullptr, "Steps until the end is reached").at_least(1),
+       integer("difficulty_step", nullptr, "Difficulties are multiples of it").at_least(1),
+       integer("root_degree", nullptr, "Of fixed_root: 2 is a square root").at_least(1),
+       integers("difficulty", nullptr, "Of fixed_discrete"),
+       integers("max_step", nullptr, "Of fixed_discrete: last step of each difficulty but the last")});
 }
 
 Key curriculum_section() {
-  return object("curriculum_learning", "Easy samples first",
-      {boolean("enabled", false, "Use it; needs curriculum_metrics").refuse(When::True, kNotBuilt),
-       text("data_cluster_path", nullptr, "Index files").accepted(),
+  return object(
+      "curriculum_learning", "Easy samples first",
+      {boolean("enabled", false, "Use it; needs curriculum_metrics"),
+       text("data_cluster_path", nullptr, "Folder for files that are not needed here").accepted(),
        map_of("curriculum_metrics", "By name of the measure",
-              {text("index_to_sample_path", nullptr, "File").accepted(),
-               text("index_to_metric_path", nullptr, "File").accepted(),
-               choice("difficulty_type", nullptr, {"value", "percentile"}, "What a difficulty is").accepted(),
-               choice("clustering_type", nullptr, {"schedule_based", "single_cluster"}, "How samples are grouped").accepted(),
-               number("min_difficulty", nullptr, "Start").accepted(), number("max_difficulty", nullptr, "End").accepted(),
-               choice("schedule_type", nullptr, {"fixed_linear", "fixed_root", "fixed_discrete", "custom"}, "Shape").accepted(),
-               metric_schedule()})});
+              {text("index_to_sample_path", nullptr, "Samples by difficulty, written by DataAnalyzer; without .bin or .idx"),
+               text("index_to_metric_path", nullptr, "The difficulties"),
+               choice("difficulty_type", nullptr, {"value", "percentile"},
+                      "Whether a difficulty is a value of the measure or a share of the samples"),
+               choice("clustering_type", nullptr, {"schedule_based", "single_cluster"}, "single_cluster: the measure chooses no samples"),
+               number("min_difficulty", nullptr, "Start"), number("max_difficulty", nullptr, "End"),
+               choice("schedule_type", nullptr, kSchedules, "Shape"), difficulty_schedule()})});
+}
+
+Key old_curriculum_section() {
+  return object("curriculum_learning", "Sequences grow while training; the model gets `curriculum_seqlen`",
+      {boolean("enabled", false, "Use it"),
+       text("curriculum_type", "seqlen", "seqlen: passed to the model's forward; others only to be read from engine.curriculum_scheduler"),
+       number("min_difficulty", nullptr, "Start"), number("max_difficulty", nullptr, "End"),
+       choice("schedule_type", nullptr, kSchedules, "Shape"), difficulty_schedule()});
 }
 
 Key batching_section() {
@@ -44,23 +54,23 @@ Key batching_section() {
 }
 
 Key token_dropping_section() {
-  return object("random_ltd", "Drop tokens in the middle layers",
-      {boolean("enabled", false, "Use it").refuse(When::True, kNotBuilt),
-       integer("total_layer_num", nullptr, "Layers").at_least(1).accepted(),
-       integer("random_ltd_layer_num", nullptr, "Layers that drop").at_least(0).accepted(),
-       integers("random_ltd_layer_id", nullptr, "Which").accepted(),
-       any("model_mask_name", nullptr, "Argument that is the mask").accepted(),
-       choice("model_type", nullptr, {"encoder", "decoder"}, "Kind").accepted(),
-       choice("hidden_state_order", nullptr, {"batch_seq_dim", "seq_batch_dim"}, "Order of dimensions").accepted(),
+  return object(
+      "random_ltd", "Drop tokens in the middle layers",
+      {boolean("enabled", false, "Use it; needs all keys but model_mask_name and hidden_state_order"),
+       integer("total_layer_num", nullptr, "Layers").at_least(1), integer("random_ltd_layer_num", nullptr, "Layers that drop").at_least(0),
+       integers("random_ltd_layer_id", nullptr, "Which, counted from 0"),
+       text("model_mask_name", nullptr, "Keyword of a layer's forward that is the attention mask"),
+       choice("model_type", nullptr, {"encoder", "decoder"}, "Kind"),
+       choice("hidden_state_order", nullptr, {"batch_seq_dim", "seq_batch_dim"}, "Order of dimensions; default batch_seq_dim"),
        object("random_ltd_schedule", "How many tokens stay",
-              {integer("min_value", nullptr, "Start").accepted(), integer("max_value", nullptr, "End").accepted(),
-               choice("schedule_type", nullptr, {"fixed_linear"}, "Shape").accepted(),
+              {integer("min_value", nullptr, "Tokens at the start").at_least(1),
+               integer("max_value", nullptr, "Tokens at the end").at_least(1), choice("schedule_type", nullptr, {"fixed_linear"}, "Shape"),
                object("schedule_config", "Its numbers",
-                      {integer("require_steps", nullptr, "Length").at_least(1).accepted(),
-                       integer("seq_per_step", nullptr, "Change").at_least(1).accepted()})}),
+                      {integer("require_steps", nullptr, "Steps until the end is reached").at_least(1),
+                       integer("seq_per_step", nullptr, "Numbers of tokens are multiples of it").at_least(1)})}),
        object("layer_token_lr_schedule", "Learning rate by tokens",
-              {boolean("enabled", false, "Use it").refuse(When::True, kNotBuilt),
-               any("total_layer_tokens", nullptr, "Tokens").accepted(), any("warmup_layer_tokens", nullptr, "Tokens").accepted()})});
+              {boolean("enabled", false, "Use it").refuse(When::True, kNotBuilt), any("total_layer_tokens", nullptr, "Tokens").accepted(),
+               any("warmup_layer_tokens", nullptr, "Tokens").accepted()})});
 }
 
 }  // namespace
@@ -69,15 +79,16 @@ std::vector<Key> data_keys() {
   return {
       object("data_efficiency", "Which samples and tokens are used when",
              {boolean("enabled", false, "Outer switch; the inner ones decide").accepted(),
-              integer("seed", 1234, "Seed of the sampler").accepted(),
+              integer("seed", 1234, "Of the curriculum's sampler"),
               object("data_sampling", "Order of samples",
                      {boolean("enabled", false, "Outer switch; the inner ones decide").accepted(),
-                      integer("num_epochs", 1000, "Most epochs").at_least(1).accepted(),
-                      integer("num_workers", 0, "Processes of the data loader").at_least(0).accepted(),
-                      boolean("pin_memory", false, "Page-locked host memory").accepted(),
+                      integer("num_epochs", 1000, "Most epochs of a curriculum").at_least(1),
+                      integer("num_workers", 0, "Processes of the data loader of a curriculum").at_least(0),
+                      boolean("pin_memory", false, "Its batches in page-locked host memory"),
                       curriculum_section(), batching_section()}),
               object("data_routing", "Tokens in layers",
                      {boolean("enabled", false, "Outer switch; the inner ones decide").accepted(), token_dropping_section()})}),
+      old_curriculum_section(),
       object("weight_quantization", "Quantised weights for inference with partitions",
              {free_form("quantized_initialization", Json::object(), "While the model is made")
                   .refuse(When::Given, "remove it: quantised weights are not built yet"),

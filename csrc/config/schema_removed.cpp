@@ -66,8 +66,6 @@ std::vector<Key> removed_keys() {
                 "prefer_larger_batch", "prefer_large_batch", "ignore_non_elastic_batch_info", "version",
                 "num_gpus_per_node", "model_parallel_size"}),
       boolean("graph_harvesting", false, "CUDA graphs of the step").refuse(When::True, "set it to false"),
-      switched("curriculum_learning", "Old form of a curriculum", "remove it: grow the sequence length in the data loader",
-               {"enabled", "curriculum_type", "min_difficulty", "max_difficulty", "schedule_type", "schedule_config"}),
       switched("progressive_layer_drop", "Skip layers at random", "remove it: it is not part of this library",
                {"enabled", "theta", "gamma"}),
   };

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from .sampler import BatchIndices, ResumableDistributedSampler
+from deepspeed.telemetry import logger
+
+from .curriculum_sampler import DeepSpeedDataSampler
+from .sampler import BatchIndices, FollowedSampler, ResumableDistributedSampler
 
 
 class DeepSpeedDataLoader:
@@ -23,7 +26,8 @@ class DeepSpeedDataLoader:
         tput_timer: anything with ``start()``, called before each batch is fetched.
         collate_fn: samples -> batch; torch's default when None.
         num_local_io_workers: worker processes; None or 0 loads in this process.
-        data_sampler: replaces the distributed sampler. To resume exactly it must give the same order again.
+        data_sampler: replaces the distributed sampler. To resume exactly it must give the same order again. A
+            ``DeepSpeedDataSampler`` makes whole batches by itself, and its epochs are one pass.
         data_parallel_world_size, data_parallel_rank: the ranks that share the data; default: the process group's.
         dataloader_drop_last: leave out the last, incomplete batch.
         seed, shuffle: order of the distributed sampler; the order of epoch e is the permutation of ``seed + e``.
@@ -69,11 +73,16 @@ class DeepSpeedDataLoader:
                        num_workers=num_local_io_workers or 0,
                        persistent_workers=bool(num_local_io_workers))
         self.is_iterable = isinstance(dataset, IterableDataset)
+        self._followed: FollowedSampler | None = None
         if self.is_iterable:
             if data_sampler is not None:
                 raise ValueError("data_sampler: an IterableDataset has no indices to sample")
             self.data_sampler = self._indices = None
             self.dataloader = DataLoader(dataset, self.batch_size, drop_last=dataloader_drop_last, **options)
+        elif isinstance(data_sampler, DeepSpeedDataSampler):
+            self.data_sampler, self._indices = data_sampler, None
+            self._followed = FollowedSampler(data_sampler)
+            self.dataloader = DataLoader(dataset, batch_sampler=self._followed, **options)
         else:
             self.data_sampler = data_sampler if data_sampler is not None else ResumableDistributedSampler(
                 dataset, self.world_size, self.rank, shuffle=shuffle, seed=seed, drop_last=dataloader_drop_last)
@@ -99,17 +108,32 @@ class DeepSpeedDataLoader:
             self._place()
             self._iterator = iter(self.dataloader)
             if self.is_iterable:
-                for _ in range(self._start // (self.batch_size * self.world_size)):
-                    next(self._iterator, None)
+                self._skip_stream()
         if self.tput_timer is not None:
             self.tput_timer.start()
         batch = next(self._iterator)
         self._batches += 1
-        return batch if self.post_process_func is None else self.post_process_func(batch, self.state_dict())
+        if self._followed is not None:
+            self._followed.advance()
+        if self.post_process_func is None:
+            return batch
+        return self.post_process_func(batch, self.state_dict() if self._followed is None else self._followed.state)
+
+    def _skip_stream(self) -> None:
+        """Batches of an IterableDataset that were consumed before: read again and thrown away, since a stream cannot seek."""
+        batches, rest = divmod(self._start, self.batch_size * self.world_size)
+        if rest:
+            logger.warning(
+                f"data loader: an IterableDataset divides itself, so the position {self._start} can be reached in whole batches of "
+                f"all ranks only ({self.batch_size} x {self.world_size}); the last {rest} samples before it are read again")
+        for _ in range(batches):
+            next(self._iterator, None)
 
     def _next_epoch(self) -> None:
         self.epoch += 1
         self._start = self._batches = 0
+        if self._followed is not None:
+            self._followed.rewind()
         self._iterator = None
 
     def _place(self) -> None:
@@ -123,20 +147,33 @@ class DeepSpeedDataLoader:
             self._indices.skip = self._start // self.world_size
 
     def state_dict(self) -> dict:
-        """Where the job is: the same on every rank, so saving it once is enough."""
-        return {
+        """Where the job is: the same on every rank, so saving it once is enough. With worker processes too, what they have fetched
+        ahead does not count."""
+        state = {
             "epoch": self.epoch,
             "consumed_samples": self._start + self._batches * self.batch_size * self.world_size,
             "dataset_samples": None if self.is_iterable else len(self.dataset),
         }
+        if isinstance(self.data_sampler, DistributedSampler):
+            state["seed"] = self.data_sampler.seed
+        if self._followed is not None:
+            state["data_sampler"] = self._followed.state
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue where another loader stopped. ``ValueError`` when the data set has another length, because then
-        no position in it means the same."""
+        no position in it means the same, or when one of the two follows a curriculum and the other does not."""
         samples = None if self.is_iterable else len(self.dataset)
         if state_dict["dataset_samples"] != samples:
             raise ValueError(f"state_dict: it was saved with a data set of {state_dict['dataset_samples']} samples, "
                              f"this one has {samples}; without loading it, training starts at the first sample")
+        if ("data_sampler" in state_dict) != (self._followed is not None):
+            raise ValueError("state_dict: one of the saved loader and this one follows a curriculum, the other does not; "
+                             "set data_efficiency.data_sampling.curriculum_learning.enabled as it was")
+        if self._followed is not None:
+            self._followed.load(state_dict["data_sampler"])
+        if "seed" in state_dict and isinstance(self.data_sampler, DistributedSampler):
+            self.data_sampler.seed = state_dict["seed"]
         self.epoch = int(state_dict["epoch"])
         self._start = int(state_dict["consumed_samples"])
         self._batches = 0

@@ -10,6 +10,7 @@ Note [Exact resume]
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -76,3 +77,39 @@ class BatchIndices:
             raise TypeError(f"data_sampler: {type(self.sampler).__name__} has no length")
         numel = len(self.sampler)
         return numel // self.batch_size if self.drop_last else -(-numel // self.batch_size)
+
+
+class FollowedSampler:
+    """Batches of a sampler that knows its own position, and the position of the last batch that was used.
+
+    A DataLoader with worker processes asks for batches ahead of their use, so each batch's position is kept until then.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.state = sampler.state_dict()
+        self._ahead: deque[dict] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.rewind()
+        for batch in self.sampler:
+            self._ahead.append(self.sampler.state_dict())
+            yield batch
+
+    def __len__(self) -> int:
+        """Batches of this rank over all epochs."""
+        together = self.sampler.micro_batch_size * self.sampler.data_parallel_size
+        return len(self.sampler) // together if self.sampler.drop_last else -(-len(self.sampler) // together)
+
+    def advance(self) -> None:
+        """One more batch was used."""
+        self.state = self._ahead.popleft()
+
+    def rewind(self) -> None:
+        """The next pass begins after the last batch that was used."""
+        self._ahead.clear()
+        self.sampler.load_state_dict(self.state)
+
+    def load(self, state: dict) -> None:
+        self.state = state
+        self.rewind()

@@ -11,6 +11,7 @@ from deepspeed.device import get_accelerator
 from deepspeed.engine import arguments, build, optimizers
 from deepspeed.engine.accessors import ConfigAccessors
 from deepspeed.engine.batch import BatchSizes
+from deepspeed.engine.data import DataMethods
 from deepspeed.engine.inputs import autocast_context, cast_positional
 from deepspeed.engine.join import Join
 from deepspeed.engine.layout import layout_of
@@ -19,7 +20,7 @@ from deepspeed.engine.saving import CheckpointMethods
 from deepspeed.zero.offload import DeepSpeedZeRoOffload
 
 
-class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, Reporting, torch.nn.Module):
+class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethods, Reporting, torch.nn.Module):
     """What initialize() returns. Call it like the model; then backward(loss) and step() for every micro-batch.
 
     `module` is the caller's own model, whose parameters now live in the engine's buffers. Unknown attributes are looked up
@@ -45,6 +46,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, Reporting,
         self._managed = None
         self._build(model, optimizer, model_parameters)
         self._make_scheduler(lr_scheduler)
+        self._data_schedules = self._make_data_schedules()
+        self.random_ltd_initialize()
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
         self._say_state()
         if config.disable_python_gc:
@@ -83,7 +86,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, Reporting,
         self._gas = cfg.gradient_accumulation_steps
         self._micro = cfg.train_micro_batch_size_per_gpu
         self._comm_dtype = None
-        self._data_post_process = None
+        self._data_post_process = self._data_schedules = self.training_dataloader = None
         self._scaled = False
         self._joining = None
         self._compiled = False
@@ -153,6 +156,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, Reporting,
         watched = self._watching and self.training
         if self.training:
             self.tput_timer.start()
+            if self._data_schedules is not None:
+                self._data_schedules.before_forward(self.global_steps, kwargs)
         if watched:
             self._begin("forward")
         with autocast_context(self._config.torch_autocast, self.device):
@@ -338,7 +343,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, Reporting,
         """Context for loops whose ranks have different numbers of batches: a rank that is done keeps taking part with zeros."""
         return Join(self)
 
-    # ---- mode, data, life
+    # ---- mode, life
 
     def train(self, mode=True):
         super().train(mode)
@@ -346,24 +351,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, CheckpointMethods, Reporting,
 
     def eval(self):
         return self.train(False)
-
-    def deepspeed_io(self, dataset, batch_size=None, route="train", pin_memory=True, data_sampler=None, collate_fn=None,
-                     num_local_io_workers=None):
-        """A data loader over this rank's share of the dataset, in micro-batches."""
-        from deepspeed.data import DeepSpeedDataLoader
-        loader = DeepSpeedDataLoader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), pin_memory=pin_memory,
-                                     local_rank=self.local_rank, tput_timer=self.tput_timer if route == "train" else None,
-                                     collate_fn=collate_fn or self.collate_fn, num_local_io_workers=num_local_io_workers,
-                                     data_sampler=data_sampler, data_parallel_world_size=self.dp_world_size,
-                                     data_parallel_rank=dist.get_rank(self.data_parallel_group),
-                                     dataloader_drop_last=self._config.dataloader_drop_last)
-        loader.post_process_func = self._data_post_process
-        return loader
-
-    def set_data_post_process_func(self, function):
-        self._data_post_process = function
-        if self.training_dataloader is not None:
-            self.training_dataloader.post_process_func = function
 
     def compile(self, backend=None, compile_kwargs=None, schedule=None, compiled_autograd_enabled=False):
         """Compiles the module in place with torch.compile."""

@@ -39,6 +39,23 @@ TEST(Rules, Combinations) {
       {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true}}}", "curriculum_metrics: missing"},
       {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true, curriculum_metrics: {len: {}}}}}",
        "curriculum_metrics.len.min_difficulty: missing"},
+      {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true, curriculum_metrics: {len: {min_difficulty: 9, "
+       "max_difficulty: 8, schedule_type: 'custom', clustering_type: 'single_cluster'}}}}}",
+       "curriculum_metrics.len.min_difficulty: found 9, above max_difficulty, 8"},
+      {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true, curriculum_metrics: {len: {min_difficulty: 1, "
+       "max_difficulty: 8, schedule_type: 'custom'}}}}}",
+       "curriculum_metrics.len.index_to_sample_path: missing"},
+      {"curriculum_learning: {enabled: true, schedule_type: 'fixed_root'}", "curriculum_learning.min_difficulty: missing"},
+      {"curriculum_learning: {enabled: true, min_difficulty: 8, max_difficulty: 64, schedule_type: 'fixed_root', schedule_config: "
+       "{difficulty_step: 8, total_curriculum_step: 9}}",
+       "curriculum_learning.schedule_config.root_degree: missing; schedule_type \"fixed_root\" requires it"},
+      {"curriculum_learning: {enabled: true, min_difficulty: 8, max_difficulty: 64, schedule_type: 'fixed_discrete', schedule_config: "
+       "{difficulty: [8, 64], max_step: [1, 2]}}",
+       "curriculum_learning.schedule_config.difficulty: has 2 items"},
+      {"data_efficiency: {data_routing: {random_ltd: {enabled: true}}}", "random_ltd.total_layer_num: missing"},
+      {"data_efficiency: {data_routing: {random_ltd: {enabled: true, total_layer_num: 2, random_ltd_layer_num: 1, random_ltd_layer_id: "
+       "[2], model_type: 'decoder'}}}",
+       "random_ltd_layer_id: found 2; allowed: 0 to total_layer_num - 1 = 1"},
       {"data_efficiency: {data_sampling: {dynamic_batching: {enabled: true}}}", "max_tokens: missing"},
   };
   for (const auto& [text, expected] : cases) EXPECT_HAS(refusal(with_batch(text)), expected) << text;
@@ -82,7 +99,6 @@ TEST(Rules, RefusedWhenEnabled) {
            "elasticity: {enabled: true}",
            "nebula: {enabled: true}",
            "eigenvalue: {enabled: true}",
-           "curriculum_learning: {enabled: true}",
            "progressive_layer_drop: {enabled: true}",
            "quantize_training: {enabled: true}",
            "sparse_attention: {mode: 'fixed'}",
@@ -104,7 +120,7 @@ TEST(Rules, RefusedWhenEnabled) {
            "compile: {passes: ['z3']}",
            "aio: {use_gds: true}",
            "weight_quantization: {post_init_quant: {fc: {num_bits: 4}}}",
-           "data_efficiency: {data_routing: {random_ltd: {enabled: true}}}",
+           "data_efficiency: {data_routing: {random_ltd: {layer_token_lr_schedule: {enabled: true}}}}",
        }) {
     EXPECT_HAS(refusal(with_batch(text)), "which cannot be honoured; ") << text;
   }

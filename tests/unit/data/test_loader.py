@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from deepspeed.data import DeepSpeedDataLoader, RepeatingLoader, ResumableDistributedSampler
+from deepspeed.data import DeepSpeedDataLoader, DeepSpeedDataSampler, RepeatingLoader, ResumableDistributedSampler
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -221,3 +221,106 @@ def test_restoring_the_inner_loader_moves_the_repeating_one():
     take(repeating, 1)
     inner.load_state_dict(first.state_dict())
     assert take(repeating, 1) == take(first, 1)
+
+
+def test_the_seed_travels():
+    first = loader(seed=11)
+    take(iter(first), 2)
+    assert first.state_dict()["seed"] == 11
+    second = loader(seed=12)
+    second.load_state_dict(first.state_dict())
+    assert epoch_of(second) == take(RepeatingLoader(_resumed(first)), 2) and epoch_of(second) == _second_epoch_of(11)
+
+
+def _resumed(first):
+    again = loader(seed=first.state_dict()["seed"])
+    again.load_state_dict(first.state_dict())
+    return again
+
+
+def _second_epoch_of(seed):
+    one = loader(seed=seed)
+    epoch_of(one)
+    return epoch_of(one)
+
+
+@pytest.mark.parametrize("numel", [19, 20, 22])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_uneven_lengths_resume_over_epochs(numel, drop_last, workers):
+    """Stopped in the second epoch; ranks agree on the number of batches whatever the length."""
+    options = dict(numel=numel, dataloader_drop_last=drop_last, num_local_io_workers=workers)
+    per_epoch = len(loader(**options))
+    for rank in range(2):
+        straight = take(RepeatingLoader(loader(rank=rank, **options)), 3 * per_epoch)
+        first = RepeatingLoader(loader(rank=rank, **options))
+        take(first, per_epoch + 2)
+        second = RepeatingLoader(loader(rank=rank, **options))
+        second.load_state_dict(first.state_dict())
+        assert take(second, 2 * per_epoch - 2) == straight[per_epoch + 2:]
+    assert {len(loader(rank=rank, **options)) for rank in range(2)} == {per_epoch}
+
+
+class Shard(IterableDataset):
+    """Every world-th number from rank on: a stream that divides itself."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+
+    def __iter__(self):
+        return iter(range(self.rank, 24, self.world))
+
+
+def stream(rank, world, batch):
+    return DeepSpeedDataLoader(Shard(rank, world), batch, data_parallel_rank=rank, data_parallel_world_size=world)
+
+
+def test_streams_count_and_skip_on_other_ranks():
+    """12 samples consumed by 2 ranks x 2; 3 ranks x 2 skip two batches each, and nothing is lost or repeated."""
+    before = [stream(rank, 2, 2) for rank in range(2)]
+    seen = sum((sum(take(iter(one), 3), []) for one in before), [])
+    state = before[0].state_dict()
+    assert state == before[1].state_dict() and state["consumed_samples"] == 12
+    for rank in range(3):
+        one = stream(rank, 3, 2)
+        one.load_state_dict(state)
+        seen += sum(epoch_of(one), [])
+    assert sorted(seen) == list(range(24))
+
+
+def test_a_stream_that_cannot_stop_there_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr("deepspeed.data.loader.logger.warning", said.append)
+    one = stream(0, 2, 2)
+    take(iter(one), 2)
+    other = stream(0, 3, 2)
+    other.load_state_dict(one.state_dict())
+    assert take(iter(other), 1) == [[6, 9]] and "the last 2 samples before it are read again" in said[0]
+
+
+def test_a_curriculum_is_not_mixed_with_a_plain_order():
+    plain = loader()
+    sampler = DeepSpeedDataSampler({}, 20, 3, 0, 2)
+    guided = loader(data_sampler=sampler)
+    assert len(guided) == 20 * 1000 // 6
+    for one, other in ((plain, guided), (guided, plain)):
+        with pytest.raises(ValueError, match="follows a curriculum, the other does not"):
+            one.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sampler_with_its_own_position(workers):
+    """Worker processes ask for batches ahead; only those used count."""
+    def make():
+        return loader(num_local_io_workers=workers, data_sampler=DeepSpeedDataSampler({"seed": 5}, 20, 3, 0, 2))
+
+    straight = take(iter(make()), 12)
+    one = make()
+    iterator = iter(one)
+    assert take(iterator, 4) == straight[:4]
+    state = one.state_dict()
+    assert state["data_sampler"]["consumed_samples"] == state["consumed_samples"] == 24
+    other = make()
+    other.load_state_dict(state)
+    assert take(iter(other), 4) == straight[4:8]
+    assert take(iter(one), 8) == straight[4:]  # a new pass goes on where the old one was left
