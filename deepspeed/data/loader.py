@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,6 +89,9 @@ class DeepSpeedDataLoader:
                 dataset, self.world_size, self.rank, shuffle=shuffle, seed=seed, drop_last=dataloader_drop_last)
             self._indices = BatchIndices(self.data_sampler, self.batch_size, dataloader_drop_last)
             self.dataloader = DataLoader(dataset, batch_sampler=self._indices, **options)
+
+        # Its owner, an engine say, may be part of a cycle. Workers that end with a cycle are waited for 5 s each.
+        weakref.finalize(self, _stop_workers, self.dataloader)
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
@@ -202,6 +206,12 @@ class _Epoch:
             self.ended = True
             self.loader._next_epoch()
             raise
+
+
+def _stop_workers(dataloader: DataLoader) -> None:
+    workers = dataloader._iterator
+    if workers is not None:
+        workers._shutdown_workers()
 
 
 def _data_parallel_place(world_size: int | None, rank: int | None) -> tuple[int, int]:

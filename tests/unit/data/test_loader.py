@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """No process groups here: a rank is a number, so the ranks of a job are simply several loaders."""
 
+import gc
+import time
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
@@ -324,3 +327,15 @@ def test_a_sampler_with_its_own_position(workers):
     other.load_state_dict(state)
     assert take(iter(other), 4) == straight[4:8]
     assert take(iter(one), 8) == straight[4:]  # a new pass goes on where the old one was left
+
+
+def test_workers_end_with_their_owner_at_once():
+    """Even when the owner dies in the cycle collector, where torch would wait for each."""
+    one = loader(num_local_io_workers=2)
+    take(iter(one), 1)
+    workers = list(one.dataloader._iterator._workers)
+    one.itself = one
+    del one
+    began = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - began < 4 and not any(worker.is_alive() for worker in workers)
