@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data path through the engine on several ranks: loaders, curricula, and layers that drop tokens."""
+import multiprocessing
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,6 +44,8 @@ def everyone(values):
 
 
 def loading_engine(data, **more):
+    # Ranks come from a fork server and would start a loader's workers that way: seconds for importing torch anew.
+    multiprocessing.set_start_method("fork", force=True)
     return deepspeed.initialize(model=nn.Linear(2, 1), training_data=data, config=config(0, **more))[0]
 
 

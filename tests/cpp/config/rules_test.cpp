@@ -41,7 +41,7 @@ TEST(Rules, Combinations) {
        "curriculum_metrics.len.min_difficulty: missing"},
       {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true, curriculum_metrics: {len: {min_difficulty: 9, "
        "max_difficulty: 8, schedule_type: 'custom', clustering_type: 'single_cluster'}}}}}",
-       "curriculum_metrics.len.min_difficulty: found 9, above max_difficulty, 8"},
+       "curriculum_metrics.len.min_difficulty: found 9.0, above max_difficulty, 8.0"},
       {"data_efficiency: {data_sampling: {curriculum_learning: {enabled: true, curriculum_metrics: {len: {min_difficulty: 1, "
        "max_difficulty: 8, schedule_type: 'custom'}}}}}",
        "curriculum_metrics.len.index_to_sample_path: missing"},
