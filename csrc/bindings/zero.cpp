@@ -236,6 +236,7 @@ void bind_hooks(py::module_& m) {
       .def("enter_backward", &UnitScheduler::enter_backward, Release())
       .def("end_backward", &UnitScheduler::end_backward, Release())
       .def("share", &UnitScheduler::share)
+      .def("drop_kept", &UnitScheduler::drop_kept, Release())
       .def("shadow_forward", &UnitScheduler::shadow_forward, Release())
       .def("shadow_backward", &UnitScheduler::shadow_backward, Release())
       .def_property_readonly("in_forward", &UnitScheduler::in_forward);

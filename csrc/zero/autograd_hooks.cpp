@@ -45,6 +45,10 @@ class BorderHook : public torch::autograd::FunctionPreHook {
   BorderHook(std::shared_ptr<BackwardContext> context, Kind kind, std::vector<int> units)
       : context_(std::move(context)), kind_(kind), units_(std::move(units)) {}
 
+  bool same(const std::shared_ptr<BackwardContext>& context, Kind kind, const std::vector<int>& units) const {
+    return context == context_ && kind == kind_ && units == units_;
+  }
+
   variable_list operator()(const variable_list& grads) override {
     if (context_->closed) return grads;
     switch (kind_) {
@@ -53,6 +57,8 @@ class BorderHook : public torch::autograd::FunctionPreHook {
         break;
       case UnitOutput:
         context_->arrange_end();
+        // create_graph: the gradient's own graph saves weights too, and no module's outputs lead to it.
+        if (at::GradMode::is_enabled()) context_->scheduler->keep();
         for (int u : units_) context_->scheduler->enter_backward(u);
         break;
       case UnitInput:
@@ -77,6 +83,12 @@ void hook_nodes(const std::shared_ptr<BackwardContext>& context, BorderHook::Kin
     if (!node && kind == BorderHook::UnitInput && t.requires_grad()) node = torch::autograd::impl::grad_accumulator(t);
     if (!node || std::find(seen.begin(), seen.end(), node.get()) != seen.end()) continue;
     seen.push_back(node.get());
+    const auto& hooks = node->pre_hooks();  // a tensor that a module keeps is met again at its next forward
+    if (std::any_of(hooks.begin(), hooks.end(), [&](const auto& hook) {
+          const auto* ours = dynamic_cast<const BorderHook*>(hook.get());
+          return ours != nullptr && ours->same(context, kind, units);
+        }))
+      continue;
     auto hook = std::make_unique<BorderHook>(context, kind, units);
     if (kind == BorderHook::UnitInput) {
       // One module's input is often another's output, maybe of the same unit: leave first, then enter.
@@ -119,13 +131,22 @@ AutogradHooks::~AutogradHooks() { close(); }
 
 void AutogradHooks::watch_parameters() {
   DS_CHECK(context_->reducer != nullptr, "watch_parameters needs a reducer");
-  for (size_t i = 0; i < context_->store->params().size(); ++i) {
-    Param& p = context_->store->params()[i];
-    if (p.dropped || !context_->store->flats()[p.flat].trainable) continue;
+  if (accumulators_.empty()) {
+    for (size_t i = 0; i < context_->store->params().size(); ++i) {
+      const Param& p = context_->store->params()[i];
+      if (p.dropped || !context_->store->flats()[p.flat].trainable) continue;
+      DS_CHECK(p.tensor.requires_grad(), "parameter '" << p.name << "' does not require a gradient");
+      accumulators_.push_back({static_cast<int>(i), nullptr, 0});
+    }
+  }
+  for (Accumulator& a : accumulators_) {
+    const Param& p = context_->store->params()[a.param];
+    if (p.dropped) continue;
     std::shared_ptr<Node> node = torch::autograd::impl::grad_accumulator(p.tensor);
-    DS_CHECK(node != nullptr, "parameter '" << p.name << "' does not require a gradient");
-    const uintptr_t key = node->add_post_hook(std::make_unique<GradientDone>(context_, static_cast<int>(i), p.tensor));
-    accumulators_.push_back({node, key});
+    if (node == nullptr || node == a.node) continue;  // null: frozen by now
+    if (a.node != nullptr) static_cast<Node*>(a.node.get())->del_post_hook(a.key);
+    a.key = node->add_post_hook(std::make_unique<GradientDone>(context_, a.param, p.tensor));
+    a.node = std::move(node);
   }
 }
 
@@ -154,7 +175,8 @@ void AutogradHooks::abort_backward() {
 void AutogradHooks::close() {
   if (context_->closed) return;
   context_->closed = true;
-  for (Accumulator& a : accumulators_) static_cast<Node*>(a.node.get())->del_post_hook(a.key);
+  for (Accumulator& a : accumulators_)
+    if (a.node != nullptr) static_cast<Node*>(a.node.get())->del_post_hook(a.key);
   accumulators_.clear();
 }
 

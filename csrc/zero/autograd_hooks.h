@@ -33,7 +33,8 @@ class AutogradHooks {
   ~AutogradHooks();
   AutogradHooks(const AutogradHooks&) = delete;
 
-  // On every trainable parameter's gradient accumulator.
+  // On every trainable parameter's gradient accumulator; again before a forward, since torch makes a new accumulator for a
+  // parameter whose data changed its dtype or device, even if it has changed back.
   void watch_parameters();
   // Outputs of a module that uses `units`: their backward needs these units gathered.
   void watch_outputs(const std::vector<int>& units, const std::vector<at::Tensor>& outputs);
@@ -51,6 +52,7 @@ class AutogradHooks {
 
  private:
   struct Accumulator {
+    int param;
     std::shared_ptr<void> node;
     uintptr_t key = 0;
   };

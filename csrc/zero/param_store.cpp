@@ -307,7 +307,13 @@ void ParamStore::broadcast_full(int index, int src) {
 
 void ParamStore::check_shapes() const {
   for (const Param& p : params_) {
-    if (!p.dropped) DS_CHECK(p.tensor.sizes() == at::IntArrayRef(p.sizes), changed_shape(p, p.tensor));
+    if (p.dropped) continue;
+    DS_CHECK(p.tensor.sizes() == at::IntArrayRef(p.sizes), changed_shape(p, p.tensor));
+    DS_CHECK_VALUE(p.tensor.scalar_type() == flats_[p.flat].dtype && p.tensor.device().type() == device_.type(),
+                   "parameter '" << p.name << "' is now " << p.tensor.scalar_type() << " on " << p.tensor.device() << ", but was "
+                                 << flats_[p.flat].dtype << " on " << device_
+                                 << " when the engine was built: the configuration decides the precision (bf16.enabled, fp16.enabled) and the "
+                                    "engine the device; undo the conversion of the module");
   }
 }
 

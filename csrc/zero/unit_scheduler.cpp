@@ -80,6 +80,7 @@ void UnitScheduler::enter(int unit) {
 
 void UnitScheduler::leave(int unit) {
   const Unit& u = store_.units()[unit];
+  if (keep_) return;
   if (!u.held_for_backward && !(forward_depth_ > 0 && held(unit))) store_.release(unit);
 }
 
@@ -109,7 +110,7 @@ void UnitScheduler::enter_backward(int unit) {
 }
 
 void UnitScheduler::leave_backward(int unit) {
-  if (in_backward_ && held(unit)) return;
+  if (keep_ || (in_backward_ && held(unit))) return;
   store_.units()[unit].held_for_backward = false;
   store_.release(unit);
 }
@@ -118,6 +119,17 @@ void UnitScheduler::end_backward() {
   if (matching_ && in_backward_) start_down_to(0);
   in_backward_ = false;
   forward_depth_ = 0;
+  if (keep_asked_) {
+    keep_asked_ = false;
+    return;
+  }
+  drop_kept();
+}
+
+void UnitScheduler::keep() { keep_ = keep_asked_ = true; }
+
+void UnitScheduler::drop_kept() {
+  keep_ = false;
   store_.release_all();
 }
 

@@ -34,6 +34,11 @@ class UnitScheduler {
   void enter_backward(int unit);
   void leave_backward(int unit);
   void end_backward();
+
+  // The running backward builds a graph of its own (create_graph), whose nodes need the weights too: units stay gathered until
+  // a backward that builds none ends, or until drop_kept().
+  void keep();
+  void drop_kept();
   bool in_forward() const { return forward_depth_ > 0; }
 
   // A rank without data follows the others: gathers and frees what a forward and a backward would.
@@ -53,6 +58,8 @@ class UnitScheduler {
   int forward_next_ = 0;          // first unit the running forward has not started
   int backward_next_ = -1;        // last unit the running backward has not started
   bool in_backward_ = false;
+  bool keep_ = false;
+  bool keep_asked_ = false;       // by the running backward
   std::vector<uint8_t> entered_;  // used since the pass began
   std::vector<uint8_t> shared_;   // by unit; shorter than the list of units: the rest is not
 };

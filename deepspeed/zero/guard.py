@@ -29,11 +29,14 @@ def _metadata_functions():
                  "register_hook", "register_post_accumulate_grad_hook", "is_shared", "has_names", "is_inference", "type"):
         if hasattr(_T, name):
             functions.add(getattr(_T, name))
-    functions.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_same_size))
+    functions.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_same_size,
+                      torch._has_compatible_shallow_copy_type))
     return frozenset(functions)
 
 
 _METADATA = _metadata_functions()
+_CONVERSIONS = frozenset(getattr(_T, name) for name in ("to", "float", "double", "half", "bfloat16", "cpu", "cuda") if hasattr(_T, name))
+_DATA_SET = _T.data.__set__
 _DATA_GET = _T.data.__get__
 _REPR = _T.__repr__
 _FORMAT = _T.__format__
@@ -44,6 +47,25 @@ def _describe(parameter):
         home = parameter.__dict__.get("ds_home")
         name = home.name if home is not None else "?"
         return f"Parameter '{name}' {tuple(parameter.shape)} {parameter.dtype}, sharded by ZeRO-3, values not gathered"
+
+
+def _changes_nothing(func, parameter, args, kwargs):
+    """Whether a conversion asks for the dtype and device that the parameter has."""
+    name = func.__name__
+    dtype, device = None, None
+    if name == "to":
+        if any(isinstance(a, torch.Tensor) for a in args):
+            return False
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
+        if kwargs.get("copy"):
+            return False
+    elif name in ("cpu", "cuda"):
+        device = torch.device(name, *args[:1]) if name == "cuda" and args else torch.device(name)
+    else:
+        dtype = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}[name]
+    mine = parameter.device
+    same_device = device is None or (device.type == mine.type and device.index in (None, mine.index))
+    return same_device and dtype in (None, parameter.dtype)
 
 
 def _guarded_in(value, found):
@@ -86,6 +108,10 @@ class Guarded:
             return _describe(args[0])
         if func == _FORMAT:
             return format(_describe(args[0]), *args[1:])
+        if func in _CONVERSIONS and _changes_nothing(func, args[0], args[1:], kwargs):
+            return args[0]
+        if func == _DATA_SET and args[0] is args[1]:
+            return None
         freed = _guarded_in((args, kwargs), [])
         if _opened_in_init(freed):
             return func(*args, **kwargs)

@@ -14,7 +14,7 @@ import torch
 from deepspeed._native import lib
 from deepspeed.zero.guard import guard_class
 from deepspeed.zero.status import ZeroParamStatus, ZeroParamType
-from deepspeed.zero.tensors import tensors_in
+from deepspeed.zero.tensors import attributes_with_graph, tensors_in
 
 _next_id = itertools.count()
 
@@ -23,6 +23,10 @@ _next_id = itertools.count()
 def _leave_memory_to_peers():
     if "deepspeed._C" in sys.modules:
         lib().set_exiting()
+
+
+def _nowhere():
+    return None
 
 
 class ParamHome:
@@ -40,6 +44,9 @@ class ParamHome:
         if owner is None or owner.closed:
             raise RuntimeError(f"parameter '{self.name}': its engine was destroyed, and its sharded values with it")
         return owner
+
+    def __reduce__(self):
+        return _nowhere, ()  # a pickled or copied parameter belongs to no engine
 
     @property
     def alive(self):
@@ -230,11 +237,14 @@ class ManagedModel:
             for unit in enter:
                 owner.scheduler.enter(unit)
 
+        kept_by = [inner.__dict__ for inner in module.modules()]
+
         def after(owner, module, args, kwargs, output):
             if torch.is_grad_enabled() and owner.hooks is not None:
                 used = enter + [unit for unit in owner.borrowed if unit not in enter]
                 if used:
-                    owner.hooks.watch_outputs(used, [t for t in tensors_in(output) if t.requires_grad])
+                    results = tensors_in(output) + attributes_with_graph(kept_by)
+                    owner.hooks.watch_outputs(used, [t for t in results if t.requires_grad])
                 if done:
                     inputs = [t for t in tensors_in(args) + tensors_in(kwargs) if t.requires_grad]
                     owner.hooks.watch_inputs(done, [t for t in inputs if not isinstance(t, torch.nn.Parameter)])
@@ -250,6 +260,8 @@ class ManagedModel:
 
         def before(owner, module, args):
             owner.store.check_shapes()
+            if owner.reducer is not None and torch.is_grad_enabled():
+                owner.hooks.watch_parameters()
             owner.scheduler.begin_forward()
 
         def after(owner, module, args, kwargs, output):

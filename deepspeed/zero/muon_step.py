@@ -8,6 +8,7 @@ import torch
 
 from deepspeed._native import lib
 from deepspeed.zero.stepper import hyper_of
+from deepspeed.zero.tensors import in_memory_order, shaped_like
 
 
 class MuonStep:
@@ -18,7 +19,7 @@ class MuonStep:
         groups = optimizer.param_groups
         self._where = {seg.param: (number, seg) for number, s in enumerate(slices) for seg in s.segments}
         # All matrices, also those of which this rank owns nothing: the gathering is collective.
-        self._matrices = [(index, group_of[id(p)], p.shape) for index, p in enumerate(managed.params)
+        self._matrices = [(index, group_of[id(p)], p) for index, p in enumerate(managed.params)
                           if p is not None and id(p) in group_of and groups[group_of[id(p)]].get("use_muon")]
         muon = {index for index, _, _ in self._matrices}
         self._momentum = {index: torch.zeros_like(slices[number].master.narrow(0, seg.begin, seg.numel))
@@ -38,13 +39,13 @@ class MuonStep:
         hypers = [hyper_of(g, self.steps, "adam", None, self.optimizer.defaults) for g in groups]
         self._adam.step(hypers, [grads[number].narrow(0, seg.begin, seg.numel) for number, seg in self._adam_parts], grad_scale)
         with torch.no_grad():
-            for index, group, shape in self._matrices:
-                self._step_matrix(index, groups[group], shape, grads, grad_scale)
+            for index, group, parameter in self._matrices:
+                self._step_matrix(index, groups[group], parameter, grads, grad_scale)
         for number, s in enumerate(self.slices):
             if s.low is not None:
                 lib().copy_scale(s.low, s.master, 1.0)
 
-    def _step_matrix(self, index, group, shape, grads, grad_scale):
+    def _step_matrix(self, index, group, parameter, grads, grad_scale):
         from deepspeed.ops.muon import _orthogonaliser
         beta = group.get("momentum", 0.95)
         number, seg = self._where.get(index, (None, None))
@@ -55,7 +56,7 @@ class MuonStep:
             update = torch.lerp(grad, momentum, beta)
         if self.partial:
             update = self.managed.store.gather_slices(index, update)
-        matrix = update.view(shape)
+        matrix = shaped_like(update, parameter)
         matrix = matrix.flatten(1) if matrix.ndim > 2 else matrix
         matrix = _orthogonaliser(group.get("ns_method", "gram"))(matrix)
         matrix = matrix * max(1.0, matrix.size(-2) / matrix.size(-1))**0.5
@@ -64,7 +65,8 @@ class MuonStep:
         begin = self.managed.store.slice_of(index, self.managed.store.rank)[0] if self.partial else 0
         target = self.slices[number].master.narrow(0, seg.begin, seg.numel)
         target.mul_(1 - group["lr"] * group.get("weight_decay", 0.0))
-        target.add_(matrix.reshape(-1)[begin:begin + seg.numel].to(target.dtype), alpha=-group["lr"])
+        matrix = in_memory_order(matrix.reshape(parameter.shape), parameter)
+        target.add_(matrix[begin:begin + seg.numel].to(target.dtype), alpha=-group["lr"])
 
     def has_state(self, param, key):
         """Whether the parameter with this number in the store has the state, the same answer on every rank."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hook surface of a sharded model: what callers take off for generation and put back."""
+import functools
 
 
 class PartitionedParameterCoordinator:
@@ -34,8 +35,7 @@ class DeepSpeedZeRoOffload:
         self.param_coordinator = PartitionedParameterCoordinator()
         self.forward_hooks = list(managed._handles) if managed is not None else []
         self.backward_hooks = []
-        for root in (module,):
-            root.ds_external_parameters = lambda: _external_parameters(module)
+        module.ds_external_parameters = functools.partial(_external_parameters, module)
 
     def get_param_coordinator(self):
         return self.param_coordinator

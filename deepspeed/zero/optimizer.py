@@ -11,6 +11,7 @@ from deepspeed.telemetry import logger
 from deepspeed.zero.managed import home_of
 from deepspeed.zero.muon_step import MuonStep
 from deepspeed.zero.stepper import ClientStep, FusedStep, recognise
+from deepspeed.zero.tensors import shaped_like
 
 
 class DeepSpeedOptimizer:
@@ -98,8 +99,8 @@ class ShardedOptimizer(ZeROOptimizer):
                 if numel == 0:
                     continue
                 view = master.narrow(0, begin, numel)
-                if numel == parameter.numel() and parameter.is_contiguous():
-                    view = view.view(parameter.shape)
+                if numel == parameter.numel():
+                    view = shaped_like(view, parameter)
                 proxy = torch.nn.Parameter(view, requires_grad=True)
                 proxy.ds_name = store.param_name(index)
                 s.segments.append(SliceSegment(begin, numel, group_of[id(parameter)], index, proxy))
@@ -166,6 +167,7 @@ class ShardedOptimizer(ZeROOptimizer):
 
     def _update(self, factor):
         managed = self.managed
+        managed.scheduler.drop_kept()  # a graph kept by create_graph would see values of before the step
         managed.reducer.gather_grads()
         read = managed.reducer.grad_slice if self.options.partial_slices else managed.reducer.grad
         if self.stepper.steps == 0:
@@ -284,10 +286,10 @@ class ShardedOptimizer(ZeROOptimizer):
                     for key, value in entry.items():
                         if key == "fp32":
                             continue
-                        if key != "step" and torch.is_tensor(own.get(key)) and torch.is_tensor(value):
+                        if torch.is_tensor(own.get(key)) and torch.is_tensor(value):
                             own[key].copy_(value)
-                        elif key not in own or key != "step":
-                            own[key] = value
+                        else:
+                            own[key] = value.clone() if torch.is_tensor(value) else value
                 if s.low is not None:
                     s.low.copy_(s.master)
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):

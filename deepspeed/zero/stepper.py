@@ -3,6 +3,7 @@
 import torch
 
 from deepspeed._native import lib
+from deepspeed.zero.tensors import in_memory_order
 
 
 def _adam(optimizer, decoupled_of):
@@ -121,7 +122,8 @@ class ClientStep:
             if grad_scale != 1.0:
                 grad.mul_(grad_scale)
             for segment in s.segments:
-                segment.parameter.grad = grad.narrow(0, segment.begin, segment.numel).view(segment.parameter.shape)
+                segment.parameter.grad = torch.as_strided(
+                    grad, segment.parameter.shape, segment.parameter.stride(), grad.storage_offset() + segment.begin)
         self.optimizer.step()
         for s in self.slices:
             for segment in s.segments:
@@ -135,7 +137,9 @@ class ClientStep:
 
     def state_of(self, segment_slice, segment, key):
         value = self.optimizer.state.get(segment.parameter, {}).get(key)
-        return value.reshape(-1) if torch.is_tensor(value) and value.numel() == segment.numel else None
+        if not torch.is_tensor(value) or value.numel() != segment.numel:
+            return None
+        return in_memory_order(value, segment.parameter) if value.shape == segment.parameter.shape else value.reshape(-1)
 
     def ensure_state(self):
         pass

@@ -7,6 +7,7 @@ None when the parameter is not trained or the value does not exist yet. Gradient
 import torch
 
 from deepspeed.zero.managed import home_of
+from deepspeed.zero.tensors import in_memory_order, shaped_like
 
 
 def _optimizer_of(parameter):
@@ -30,8 +31,8 @@ def _full(parameter, kind, key=None):
     if mine is None:
         return None
     if not optimizer.slices_are_partial(kind):
-        return mine.clone().view(parameter.shape)
-    return home.owner.gather_slices(parameter, mine).view(parameter.shape)
+        return shaped_like(mine.clone(), parameter)
+    return shaped_like(home.owner.gather_slices(parameter, mine), parameter)
 
 
 def _set_full(parameter, value, kind, key=None):
@@ -42,7 +43,7 @@ def _set_full(parameter, value, kind, key=None):
                          "or the value does not exist yet")
     if tuple(value.shape) != tuple(parameter.shape):
         raise ValueError(f"parameter '{home.name}' has shape {tuple(parameter.shape)}, the new value {tuple(value.shape)}")
-    flat = value.detach().reshape(-1)
+    flat = in_memory_order(value.detach(), parameter)
     if optimizer.slices_are_partial(kind):
         _, begin, _, numel = home.owner.place(parameter)
         flat = flat[begin:begin + numel]
