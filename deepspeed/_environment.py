@@ -23,6 +23,7 @@ VARIABLES = {
     "DEEPSPEED_TIMEOUT": Variable(10, int, "minutes after which a collective without an answer is an error"),
     "DS_ACCELERATOR": Variable(None, str, "cpu or cuda: overrides the detection of the device"),
     "DS_TRANSPORT": Variable("auto", str, "auto, shm or c10d: what carries the collectives of ZeRO"),
+    "DS_HOST_TIMEOUT": Variable(20, int, "seconds of silence after which the launcher takes another host of the job for lost"),
     "DS_ENV_FILE": Variable(".deepspeed_env", str, "file with KEY=VALUE lines the launcher exports"),
     "CUDA_VISIBLE_DEVICES": Variable(None, str, "the GPUs this process may see"),
 }

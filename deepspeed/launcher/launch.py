@@ -8,16 +8,18 @@ starts each host by other means.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from dataclasses import dataclass, field
 
 from . import devices
+from .line import Line, Lost
 from .options import DEFAULT_MASTER_PORT
 from .port import reserve_port
 from .processes import RankSpec
-from .resources import decode_world_info
+from .resources import decode_world_info, encode_world_info
 from .say import LEVELS, Voice
 from .supervisor import StartError, Supervisor
 
@@ -26,6 +28,14 @@ PID_FILE_BASEPATH = "/tmp"
 
 class LaunchError(Exception):
     """The job cannot be started as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """An elastic job: how many hosts it may have, and how often it is restarted."""
+    min_hosts: int
+    max_hosts: int
+    max_restarts: int
 
 
 @dataclass
@@ -46,6 +56,7 @@ class Job:
     venv_script: str | None = None
     log_dir: str | None = None
     save_pid: bool = False
+    elastic: Elastic | None = None
 
     @property
     def slots(self) -> list:
@@ -60,7 +71,7 @@ class Job:
         return sum(len(slots) for slots in list(self.world_info.values())[:self.node_rank])
 
 
-def _command(job: Job, local_rank: int) -> list[str]:
+def _command(job: Job, local_rank: int | str) -> list[str]:
     argv = []
     if job.venv_script is not None:
         argv += ["/bin/bash", "-c", '. "$0" && exec "$@"', job.venv_script]
@@ -116,6 +127,8 @@ def rank_specs(job: Job) -> list[RankSpec]:
         raise LaunchError(f"--venv_script {job.venv_script}: no such file")
     if job.log_dir is not None:
         os.makedirs(job.log_dir, exist_ok=True)
+    if job.elastic is not None:
+        return [_elastic_agent(job, job.elastic)]
     started = time.strftime("%Y%m%d%H%M%S")
     specs = []
     for local_rank, (cpus, threads) in enumerate(_shares(job)):
@@ -125,29 +138,69 @@ def rank_specs(job: Job) -> list[RankSpec]:
     return specs
 
 
-def launch(job: Job, say: Voice) -> int:
-    """Run this host's ranks to their end; returns the exit code of the job."""
+def _elastic_agent(job: Job, elastic: Elastic) -> RankSpec:
+    """The one process that keeps this host's ranks when they may be restarted."""
+    if job.bind_cores:
+        raise LaunchError("--bind_cores_to_rank: not with --elastic_training, where the number of ranks changes")
+    argv = [sys.executable, "-u", "-m", "deepspeed.launcher.elastic", f"--ranks={len(job.slots)}",
+            f"--hosts={elastic.min_hosts}:{elastic.max_hosts}", f"--max_restarts={elastic.max_restarts}",
+            f"--meet={job.master_addr}:{job.master_port}", f"--node_rank={job.node_rank}", *_flag("log_dir", job.log_dir)]
+    env = _environment(job, 0, max(1, devices.usable_cores() // len(job.slots)))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"):
+        del env[name]  # the agent says what holds now
+    return RankSpec(job.first_rank, [*argv, "--", *_command(job, "${local_rank}")], env, label="the elastic agent")
+
+
+def _flag(name: str, value) -> list[str]:
+    """A value as the flag of a command line; nothing for False and None."""
+    if value is None or value is False:
+        return []
+    return [f"--{name}"] if value is True else [f"--{name}={value}"]
+
+
+def arguments_of(job: Job, contact: str, log_level: str) -> list[str]:
+    """The command line of this module that runs a host's part of the job; ``--node_rank`` is left to the caller."""
+    elastic = None if job.elastic is None else f"{job.elastic.min_hosts}:{job.elastic.max_hosts}:{job.elastic.max_restarts}"
+    flags = {"world_info": encode_world_info(job.world_info), "head": contact, "master_port": job.master_port, "module": job.module,
+             "no_python": job.no_python, "no_local_rank": job.no_local_rank, "bind_cores_to_rank": job.bind_cores,
+             "bind_core_list": job.bind_core_list, "venv_script": job.venv_script, "enable_each_rank_log": job.log_dir,
+             "elastic": elastic, "log_level": log_level}
+    return [text for name, value in flags.items() for text in _flag(name, value)] + [job.script, *job.script_args]
+
+
+def launch(job: Job, say: Voice, line: Line | None = None) -> int:
+    """Run this host's ranks to their end; returns the exit code of the job. With a ``line`` the meeting port is agreed on."""
     reserved = None
-    if job.node_rank == 0:
+    if job.node_rank == 0 and line is None:
         reserved = _meeting_port(job, say)
-    pid_file = None
     try:
         specs = rank_specs(job)
-        if job.save_pid:
-            pid_file = os.path.join(PID_FILE_BASEPATH, f"{os.getpid()}.deepspeed")
-            with open(pid_file, "w", encoding="utf-8") as file:
-                file.write(str(os.getpid()))
         say("debug", f"{job.world_size} ranks on {len(job.world_info)} hosts, {len(specs)} here; "
             f"they meet at {job.master_addr}:{job.master_port}")
-        return Supervisor(specs, say).run()
+        with pid_file(job.save_pid):
+            return Supervisor(specs, say, line=line).run()
     except StartError as error:
+        if line is not None:
+            raise
         say("error", str(error))
         return error.code
     finally:
-        if pid_file is not None:
-            os.unlink(pid_file)
         if reserved is not None:
             reserved.close()
+
+
+@contextlib.contextmanager
+def pid_file(wanted: bool):
+    """This launcher's process id in /tmp/<pid>.deepspeed while it runs."""
+    path = os.path.join(PID_FILE_BASEPATH, f"{os.getpid()}.deepspeed")
+    if wanted:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+    try:
+        yield
+    finally:
+        if wanted:
+            os.unlink(path)
 
 
 def _meeting_port(job: Job, say: Voice):
@@ -158,7 +211,8 @@ def _meeting_port(job: Job, say: Voice):
         return reserved
     if len(job.world_info) > 1:
         reserved.close()
-        raise LaunchError(f"--master_port {wanted}: in use on this host; give another one to all hosts")
+        raise LaunchError(f"--master_port {wanted}: in use on this host, and with --no_ssh the others cannot be told; "
+                          "give another one to all hosts")
     if wanted:
         say("warning", f"port {wanted} is in use; the processes meet on port {reserved.port} instead")
     job.master_port = reserved.port
@@ -169,7 +223,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="deepspeed.launcher.launch", description="Start the ranks of this host.")
     add = parser.add_argument
     add("--world_info", required=True, help="text of encode_world_info: {host: [slots]}")
-    add("--node_rank", type=int, default=0, help="number of this host")
+    add("--node_rank", type=int, default=None, help="number of this host (default: 0; with --head it finds out)")
     add("--master_addr", default="127.0.0.1", help="address of the first host")
     add("--master_port", type=int, default=DEFAULT_MASTER_PORT, help="port on it")
     add("--module", action="store_true")
@@ -180,6 +234,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     add("--bind_cores_to_rank", action="store_true")
     add("--bind_core_list", default=None, metavar="LIST")
     add("--venv_script", default=None, metavar="FILE")
+    add("--head", default=None, metavar="CONTACT", help="where the launching host listens; it sets what is not given")
+    add("--elastic", default=None, metavar="MIN:MAX:RESTARTS")
     add("--log_level", default="info", choices=list(LEVELS))
     add("training_script")
     add("training_script_args", nargs=argparse.REMAINDER)
@@ -188,7 +244,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 def job_from_args(args: argparse.Namespace, **fields) -> Job:
     """The part of a job that both command lines spell alike; ``fields`` are the rest."""
-    return Job(node_rank=max(0, args.node_rank),
+    return Job(node_rank=max(0, args.node_rank or 0),
                master_port=args.master_port,
                module=args.module,
                no_python=args.no_python,
@@ -209,13 +265,33 @@ def main(args: list[str] | None = None) -> None:
                             world_info=decode_world_info(parsed.world_info),
                             master_addr=parsed.master_addr,
                             use_gpus=devices.gpu_count() > 0,
+                            elastic=None if parsed.elastic is None else Elastic(*map(int, parsed.elastic.split(":"))),
                             script=parsed.training_script,
                             script_args=parsed.training_script_args)
-        code = launch(job, say)
-    except (LaunchError, ValueError) as error:
+        code = launch(job, say) if parsed.head is None else _launch_for_head(job, parsed, say)
+    except (LaunchError, Lost, ValueError) as error:
         say("critical", f"error: {error}")
         code = 1
     sys.exit(code)
+
+
+def _launch_for_head(job: Job, parsed: argparse.Namespace, say: Voice) -> int:
+    """This host's part of a job that another host has started and reports on."""
+    from . import member
+    from .exports import MPI_VARIABLES
+    membership = member.join(parsed.head, -1 if parsed.node_rank is None else parsed.node_rank, job.master_port)
+    job.node_rank, job.master_addr, job.master_port = membership.node_rank, membership.master_addr, membership.master_port
+    for name in [name for name in os.environ if MPI_VARIABLES.fullmatch(name)]:
+        del os.environ[name]
+    try:
+        launch(job, say, membership.line)
+    except (LaunchError, StartError) as error:
+        member.refuse(membership.line, str(error))
+    finally:
+        if membership.reserved is not None:
+            membership.reserved.close()
+    # The launching host has the job's code. Another one than 0 here would make mpirun and srun kill the other hosts.
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from .say import LEVELS
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 DEFAULT_MASTER_PORT = 29500
-LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
+LAUNCHERS = ("pdsh", "ssh", "openmpi", "mpich", "impi", "mvapich", "slurm")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def _where(group) -> None:
         help="use the first N GPUs of each host; on a machine without GPU: the number of processes")
     add("--master_addr", default="", metavar="ADDR", help="address of the first host (one host: 127.0.0.1)")
     add("--master_port", type=int, default=DEFAULT_MASTER_PORT, metavar="PORT",
-        help="port where the processes meet; a busy one is replaced on a single host (default: %(default)s)")
+        help="port where the processes meet; a busy one is replaced (default: %(default)s)")
 
 
 def _how(group) -> None:
@@ -63,11 +63,13 @@ def _multi_host(group) -> None:
     add("--launcher", default="pdsh", metavar="NAME", help=f"one of {', '.join(LAUNCHERS)} (default: %(default)s)")
     add("--launcher_args", default="", metavar="STR", help="further arguments for it")
     add("--force_multi", action="store_true", help="use it for a single host as well")
-    add("--no_ssh_check", action="store_true", help="do not try the connection first")
+    add("--no_ssh_check", action="store_true", help="no effect: connections are not tried first, a host that does not answer is named")
     add("--ssh_port", type=int, default=None, metavar="PORT", help="port of the ssh servers")
-    add("--elastic_training", action="store_true", help="continue with the hosts that are left (not built yet)")
-    add("--min_elastic_nodes", type=int, default=-1, metavar="N", help="with --elastic_training")
-    add("--max_elastic_nodes", type=int, default=-1, metavar="N", help="with --elastic_training")
+    add("--elastic_training", action="store_true",
+        help="when a rank or a host is lost, restart the script with those that are left")
+    add("--min_elastic_nodes", type=int, default=-1, metavar="N", help="end the job when fewer hosts are left (default: 1)")
+    add("--max_elastic_nodes", type=int, default=-1, metavar="N", help="hosts that may join (default: those of the hostfile)")
+    add("--max_restarts", type=int, default=100, metavar="N", help="end the job at the next failure after so many (default: %(default)s)")
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -83,6 +85,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_gpus", "num_nodes"):
         if getattr(parsed, name) < 1 and getattr(parsed, name) != -1:
             parser.error(f"argument --{name}: must be at least 1, got {getattr(parsed, name)}")
+    if parsed.max_restarts < 0:
+        parser.error(f"argument --max_restarts: must be at least 0, got {parsed.max_restarts}")
     if not 0 <= parsed.master_port < 65536:
         parser.error(f"argument --master_port: {parsed.master_port} is no port number (0 to 65535; 0: any free one)")
     return parsed

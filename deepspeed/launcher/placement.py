@@ -4,28 +4,40 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sized
 
 from . import devices
-from .launch import Job, LaunchError, job_from_args
+from .launch import Elastic, Job, LaunchError, job_from_args
 from .resources import fetch_hostfile, parse_resource_filter
 from .say import Voice
 
 LOCALHOST = "localhost"
 
 
-def _refuse_what_is_not_built(args: argparse.Namespace) -> None:
+def _refuse_contradictions(args: argparse.Namespace) -> None:
     if args.autotuning:
         raise LaunchError("--autotuning: the autotuner is not built yet")
-    if args.elastic_training or args.min_elastic_nodes != -1 or args.max_elastic_nodes != -1:
-        raise LaunchError("--elastic_training: elastic restart is not built yet")
-    if args.force_multi:
-        raise LaunchError("--force_multi: multi-host launching is not built yet; without it the job runs on this host")
     if args.num_gpus != -1 and (args.include or args.exclude):
         raise LaunchError("--num_gpus: not together with --include or --exclude, which say it already")
     if args.include and args.exclude:
         raise LaunchError("--include and --exclude exclude each other; give one of them")
     if args.node_rank != -1 and not args.no_ssh:
         raise LaunchError("--node_rank: only with --no_ssh, when this command is started on every host by hand")
+    if args.no_ssh and args.force_multi:
+        raise LaunchError("--force_multi: starts the hosts over the network, and --no_ssh forbids it")
+    if not args.elastic_training and (args.min_elastic_nodes != -1 or args.max_elastic_nodes != -1):
+        raise LaunchError("--min_elastic_nodes, --max_elastic_nodes: only with --elastic_training")
+
+
+def _elastic(args: argparse.Namespace, hosts: int) -> Elastic | None:
+    if not args.elastic_training:
+        return None
+    least = 1 if args.min_elastic_nodes == -1 else args.min_elastic_nodes
+    most = hosts if args.max_elastic_nodes == -1 else args.max_elastic_nodes
+    if not 1 <= least <= hosts <= most:
+        raise LaunchError(f"--min_elastic_nodes {least}, --max_elastic_nodes {most}: the job begins with {hosts} "
+                          f"host{'s' if hosts > 1 else ''}, which must lie between them")
+    return Elastic(least, most, args.max_restarts)
 
 
 def _from_hostfile(args: argparse.Namespace, pool: dict[str, int]) -> dict[str, list]:
@@ -78,26 +90,29 @@ def _use_gpus(say: Voice) -> int:
 
 
 def plan_job(args: argparse.Namespace, say: Voice) -> Job:
-    """From the command line to this host's job. ``LaunchError`` or ``ValueError`` when it makes no sense."""
-    _refuse_what_is_not_built(args)
-    gpus = _use_gpus(say)
+    """From the command line to the job. ``LaunchError`` or ``ValueError`` when it makes no sense."""
+    _refuse_contradictions(args)
     pool = fetch_hostfile(args.hostfile)
     if pool is None and args.num_nodes > 1:
         raise LaunchError(f"--num_nodes {args.num_nodes}: there is no hostfile {args.hostfile}")
+    gpus = _use_gpus(say)
     world = {LOCALHOST: _local_slots(args, gpus, say)} if pool is None else _from_hostfile(args, pool)
     if not any(world.values()):
         raise LaunchError("no slots are left to run on")
-    if len(world) > 1:
-        if not args.no_ssh:
-            raise LaunchError(f"multi-host launching is not built yet, and these are {len(world)} hosts: "
-                              f"{', '.join(world)}. Either choose one with --include, or start this command on each "
-                              "host with --no_ssh --node_rank N --master_addr HOST")
-        if args.node_rank == -1:
-            raise LaunchError("--no_ssh: say with --node_rank which of the hosts this is")
-    master = args.master_addr or (next(iter(world)) if len(world) > 1 else "127.0.0.1")
+    by_hand = args.no_ssh and len(world) > 1
+    if by_hand and args.node_rank == -1:
+        raise LaunchError("--no_ssh: say with --node_rank which of the hosts this is")
+    # Hosts that are started from here agree on an address when they have called back.
+    master = args.master_addr or (next(iter(world)) if by_hand else "" if starts_hosts(args, world) else "127.0.0.1")
     return job_from_args(args,
                          world_info=world,
                          master_addr=master,
                          use_gpus=gpus > 0,
+                         elastic=_elastic(args, len(world)),
                          script=args.user_script,
                          script_args=args.user_args)
+
+
+def starts_hosts(args: argparse.Namespace, world: Sized) -> bool:
+    """Whether the job is started over the network, not as processes of this launcher."""
+    return not args.no_ssh and (len(world) > 1 or args.force_multi)

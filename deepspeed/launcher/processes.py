@@ -21,6 +21,7 @@ class RankSpec:
     env: dict[str, str]
     cpus: frozenset[int] | None = None  # cores to stay on; None: all
     log_path: str | None = None  # file for stdout and stderr; None: the terminal
+    label: str = ""  # what it is, if not that rank
 
 
 def child_setup(cpus: frozenset[int] | None) -> Callable[[], None]:

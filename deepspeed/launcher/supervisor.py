@@ -1,45 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the ranks of this host: starts them, waits, and when one fails or a signal arrives, ends them all.
 
-The exit code of the job is that of the rank that failed first (128 + N if signal N killed it), or 0.
+The exit code of the job is that of the rank that failed first (128 + N if signal N killed it), or 0. When the job has
+other hosts too (``line``), failures are handed to the launching host, which tells them, and its orders are followed.
 """
 
 from __future__ import annotations
 
-import enum
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from . import processes
-from .guard import Guard
+from .failures import Failure, job_code, tell
+from .line import Line, Lost
 from .processes import RankSpec
-from .relay import Relay, last_line, write_stderr
+from .relay import Relay, write_stderr
 from .say import Voice
-
-STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PASSED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to wait for what, in seconds."""
-    settle_s: float = 1.0  # for a rank whose traceback is older than that of the rank that exited first
-    after_failure_s: float = 3.0  # from SIGTERM to SIGKILL when a rank has failed
-    after_signal_s: float = 30.0  # from a forwarded signal to SIGKILL: time to save a checkpoint
-    after_kill_s: float = 5.0  # until a process that SIGKILL does not end is given up
-    logged_s: float = 2.0  # until a traceback of a rank that lives on is shown
-    doubtful_s: float = 10.0  # the same while an older traceback may be its cause
-
-
-class Phase(enum.Enum):
-    RUNNING = enum.auto()
-    FAILED = enum.auto()  # a rank has failed; the others may still say something
-    STOPPING = enum.auto()  # told to end
-    KILLED = enum.auto()
+from .watch import PASSED_SIGNALS, Patience, Phase, Watch
 
 
 @dataclass
@@ -65,44 +47,35 @@ class Rank:
             return min(self.ended_at, self.relay.failed_at)
         return self.ended_at
 
+    def failure(self, host: str) -> Failure:
+        """Takes what the relay holds."""
+        text = b"" if self.relay is None else self.relay.take_held()
+        return Failure(host, self.spec.rank, self.code, self.failed_at(), self.pid, self.by_us,
+                       text.decode(errors="replace"), self.relay is not None and self.relay.failed_at is not None,
+                       self.spec.log_path, label=self.spec.label)
 
-@dataclass
-class Supervisor:
-    """Run with :meth:`run`, once, from the main thread."""
 
-    specs: list[RankSpec]
-    say: Voice
-    patience: Patience = Patience()
-    ranks: list[Rank] = field(default_factory=list)
-    phase: Phase = Phase.RUNNING
-    deadline: float = 0.0
-    signal_received: int | None = None
+class Supervisor(Watch):
+    """``line``: to the launching host; None when this is it."""
 
-    def run(self) -> int:
-        guard = Guard()
-        self._wakeup = _SignalPipe()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wakeup.read_end, selectors.EVENT_READ)
-        try:
-            self._start_all(guard)
-            while not self._finished():
-                self._turn()
-            return self._report()
-        finally:
-            self._reap_all(guard)
-            self._selector.close()
-            self._wakeup.close()
-            guard.close()
+    def __init__(self, specs: list[RankSpec], say: Voice, patience: Patience = Patience(), line: Line | None = None) -> None:
+        super().__init__(say, patience)
+        self.specs = specs
+        self.line = line
+        self.ranks: list[Rank] = []
+        self._failure_sent = False
 
     # --- starting ----------------------------------------------------------------------------------------------------
-    def _start_all(self, guard: Guard) -> None:
+    def _start_all(self) -> None:
+        if self.line is not None:
+            self._selector.register(self.line, selectors.EVENT_READ, self.line)
         for local_rank, spec in enumerate(self.specs):
             try:
                 rank = self._start(spec, first=local_rank == 0)
             except OSError as error:
                 raise StartError(f"rank {spec.rank}: cannot start {spec.argv[0]}: {error.strerror}", error) from None
             self.ranks.append(rank)
-            guard.watch(rank.pid)
+            self._guard.watch(rank.pid)
             self.say("debug", f"rank {spec.rank} is process {rank.pid}: {' '.join(spec.argv)}")
 
     def _start(self, spec: RankSpec, first: bool) -> Rank:
@@ -110,7 +83,7 @@ class Supervisor:
         if spec.log_path is not None:
             log_fd = os.open(spec.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         # A single rank has nobody to confuse it with: it gets the terminal itself.
-        relayed = len(self.specs) > 1 or log_fd is not None
+        relayed = len(self.specs) > 1 or log_fd is not None or self.line is not None
         read_end, write_end = os.pipe() if relayed else (-1, None)
         try:
             process = processes.start(spec, stdin=None if first else subprocess.DEVNULL, stdout=log_fd,
@@ -130,23 +103,25 @@ class Supervisor:
         return Rank(spec, process, relay)
 
     # --- one turn of the loop ----------------------------------------------------------------------------------------
-    def _turn(self) -> None:
-        waiting_for_time = self.phase is not Phase.RUNNING or any(r.relay and r.relay.holding for r in self.ranks)
-        events = self._selector.select(0.05 if waiting_for_time else 1.0)
-        for number in self._wakeup.take():
-            self._on_signal(number)
+    def _pause_s(self) -> float:
+        if self.phase is not Phase.RUNNING or any(r.relay and r.relay.holding for r in self.ranks):
+            return 0.05
+        return 1.0
+
+    def _look(self, events: list) -> None:
         # Exits before output: a rank that was killed must be seen before the traceback of the one that missed it.
         self._look_for_exits()
         now = time.monotonic()
         for key, _ in events:
-            if key.data is not None:
+            if isinstance(key.data, Relay):
                 self._read(key.data, now)
         if not events:
             for rank in self.ranks:
                 if rank.relay is not None:
                     rank.relay.settle()
         self._release_logged_tracebacks(now)
-        self._advance(time.monotonic())
+        if self.line is not None:
+            self._follow(self.line, now)
 
     def _look_for_exits(self) -> None:
         for rank in self.ranks:
@@ -169,21 +144,6 @@ class Supervisor:
         if was_open and relay.at_end:
             self._selector.unregister(relay.fd)
 
-    def _on_signal(self, number: int) -> None:
-        if number in PASSED_SIGNALS:
-            processes.send(self._pids(), number)
-        elif number in STOPPING_SIGNALS:
-            name = signal.Signals(number).name
-            if self.signal_received is not None:
-                self.say("info", f"{name} again: killing all processes")
-                self._stop(signal.SIGKILL)
-                return
-            self.signal_received = number
-            if self.phase in (Phase.RUNNING, Phase.FAILED):
-                self.say("info", f"{name}: forwarded to {len(self.ranks)} processes; they have "
-                         f"{self.patience.after_signal_s:g} s to end, a second signal kills them now")
-                self._stop(number)
-
     def _release_logged_tracebacks(self, now: float) -> None:
         """See Note [One traceback]."""
         if self.phase is not Phase.RUNNING:
@@ -198,48 +158,62 @@ class Supervisor:
                 if now - rank.relay.held_since > patience:
                     rank.relay.release()
 
-    def _advance(self, now: float) -> None:
-        if self.phase is Phase.RUNNING:
-            if any(rank.failed for rank in self.ranks):
-                self.phase, self.deadline = Phase.FAILED, now + self.patience.settle_s
-            elif all(rank.code == 0 for rank in self.ranks):
-                # What the ranks have left running would be orphans.
-                self._stop(signal.SIGTERM)
-        if self.phase is Phase.FAILED:
-            begun = min(rank.failed_at() for rank in self.ranks if rank.failed)
-            older = any(r.code is None and r.relay and r.relay.holding and r.relay.held_since < begun
-                        for r in self.ranks)
-            if not older or now >= self.deadline:
-                self._stop(signal.SIGTERM)
-        if self.phase is Phase.STOPPING and now >= self.deadline:
+    def _follow(self, line: Line, now: float) -> None:
+        """Orders of the launching host. Without it nobody would ever end this host's ranks: they go at once."""
+        if line.lost:
+            return
+        try:
+            for message in line.receive(now):
+                if "signal" in message:
+                    self._obey(message["signal"])
+                elif "host_lost" in message:
+                    self._send(signal.SIGUSR2)  # only said to elastic agents, see Note [A host is lost]
+                elif "kill" in message:
+                    self._stop(signal.SIGKILL)
+                elif "stop" in message and self.phase in (Phase.RUNNING, Phase.FAILED):
+                    self._stop(signal.SIGTERM)
+            if self._trouble() and not self._failure_sent:
+                self._failure_sent = True
+                line.send(failed=min(r.spec.rank for r in self.ranks if r.failed))
+            line.beat(now)
+        except Lost as problem:
+            self._selector.unregister(line)
+            self.say("error", f"{problem}: ending this host's processes")
             self._stop(signal.SIGKILL)
 
-    def _stop(self, number: int) -> None:
-        patience = self.patience
+    def _obey(self, number: int) -> None:
+        """A signal that the launching host got, and has said so."""
+        if number in PASSED_SIGNALS:
+            self._send(number)
+        elif self.phase in (Phase.RUNNING, Phase.FAILED):
+            self.signal_received = number
+            self._stop(number)
+
+    def _trouble(self) -> bool:
+        return any(rank.failed for rank in self.ranks)
+
+    def _all_well(self) -> bool:
+        return all(rank.code == 0 for rank in self.ranks)
+
+    def _settled(self) -> bool:
+        begun = min(rank.failed_at() for rank in self.ranks if rank.failed)
+        return not any(r.code is None and r.relay and r.relay.holding and r.relay.held_since < begun for r in self.ranks)
+
+    def _count(self) -> int:
+        return len(self.ranks)
+
+    def _send(self, number: int) -> None:
         processes.send(self._pids(), number)
-        if number == signal.SIGKILL:
-            self.phase, wait_s = Phase.KILLED, patience.after_kill_s
-        else:
-            self.phase = Phase.STOPPING
-            wait_s = patience.after_signal_s if self.signal_received == number else patience.after_failure_s
-        self.deadline = time.monotonic() + wait_s
 
     # --- the end -----------------------------------------------------------------------------------------------------
-    def _finished(self) -> bool:
-        if self.phase in (Phase.RUNNING, Phase.FAILED):
-            return False
+    def _left(self) -> list[int]:
         left = processes.members(self._pids())
-        if all(rank.code is not None for rank in self.ranks) and not left:
-            return True
-        if self.phase is Phase.KILLED and time.monotonic() > self.deadline:
-            self.say("error", f"processes that SIGKILL does not end, stuck in the kernel: {left}")
-            return True
-        return False
+        return left or [rank.pid for rank in self.ranks if rank.code is None]
 
     def _pids(self) -> set[int]:
         return {rank.pid for rank in self.ranks}
 
-    def _reap_all(self, guard: Guard) -> None:
+    def _reap_all(self) -> None:
         if any(rank.code is None for rank in self.ranks):  # an error brought us here
             processes.send(self._pids(), signal.SIGKILL)
         for rank in self.ranks:
@@ -247,46 +221,30 @@ class Supervisor:
                 rank.relay.close()
                 if rank.relay.log_fd is not None:
                     os.close(rank.relay.log_fd)
-            guard.forget(rank.pid)
+            self._guard.forget(rank.pid)
             try:
                 rank.process.wait(timeout=1)
             except subprocess.TimeoutExpired:
                 pass  # said above
 
     def _report(self) -> int:
-        """Print the one traceback that matters, a line for each other failure; returns the job's exit code."""
-        failed = sorted((r for r in self.ranks if r.failed), key=lambda r: (r.by_us, r.failed_at(), r.spec.rank))
         for rank in self.ranks:
             if rank.relay and not rank.failed:
                 rank.relay.release()
-        if not failed:
-            return 0
-        if any(rank.relay and rank.relay.mid_line for rank in self.ranks):
+        if self._trouble() and any(rank.relay and rank.relay.mid_line for rank in self.ranks):
             write_stderr(b"\n")
-        first = failed[0]
-        if self.signal_received is not None and first.by_us:
-            if first.relay:
-                write_stderr(first.relay.take_held())
-            self.say("info", f"stopped by {signal.Signals(self.signal_received).name}")
-            # Ranks that had to be killed did not choose an exit code: the job ended by the signal it was sent.
-            return 128 + self.signal_received if first.code == -signal.SIGKILL else shell_code(first.code)
-        self._report_failure(first, failed[1:])
-        return shell_code(first.code)
-
-    def _report_failure(self, first: Rank, others: list[Rank]) -> None:
-        self.say("error", f"rank {first.spec.rank} (process {first.pid}) failed first: {describe(first.code)}")
-        if first.relay:
-            text = first.relay.take_held()
-            if not text and first.relay.failed_at is not None:
-                self.say("error", "its traceback is above; it needed long to end")
-            write_stderr(text if text.endswith(b"\n") or not text else text + b"\n")
-        for rank in others:
-            text = rank.relay.take_held() if rank.relay else b""
-            if text or not rank.by_us:
-                why = last_line(text) or describe(rank.code)
-                self.say("error", f"rank {rank.spec.rank} then failed too (its traceback is left out): {why}")
-        if first.spec.log_path is not None:
-            self.say("error", f"its whole output is in {first.spec.log_path}")
+        failures = [rank.failure(socket.gethostname()) for rank in self.ranks if rank.failed]
+        if self.line is None:
+            return tell(failures, self.signal_received, self.say)
+        code = job_code(failures, self.signal_received)
+        if self.line.lost:
+            return tell(failures, self.signal_received, self.say)
+        try:
+            now = time.monotonic()
+            self.line.send(done=code, failures=[failure.message(now) for failure in failures])
+        except Lost:
+            tell(failures, self.signal_received, self.say)
+        return code
 
 
 class StartError(Exception):
@@ -295,47 +253,3 @@ class StartError(Exception):
     def __init__(self, message: str, error: OSError) -> None:
         super().__init__(message)
         self.code = 127 if isinstance(error, FileNotFoundError) else 126
-
-
-def shell_code(code: int) -> int:
-    """Exit code as a shell reports it: 128 + N for a death by signal N."""
-    return 128 - code if code < 0 else code
-
-
-def describe(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "a real-time signal"
-    hint = "; on a machine out of memory the kernel does this, see dmesg" if code == -signal.SIGKILL else ""
-    return f"killed by signal {-code} ({name}){hint}"
-
-
-class _SignalPipe:
-    """Signals as bytes in a pipe, so that the loop handles them one after another at its own time."""
-
-    def __init__(self) -> None:
-        self.read_end, self._write_end = os.pipe()
-        os.set_blocking(self.read_end, False)
-        os.set_blocking(self._write_end, False)
-        self._old_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        self._old = {}
-        for number in (*STOPPING_SIGNALS, *PASSED_SIGNALS, signal.SIGCHLD):
-            # Under nohup SIGHUP is ignored, in a script's background job SIGINT: that was somebody's wish.
-            if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:
-                self._old[number] = signal.signal(number, lambda *_: None)
-
-    def take(self) -> list[int]:
-        try:
-            return list(os.read(self.read_end, 4096))
-        except BlockingIOError:
-            return []
-
-    def close(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_fd)
-        os.close(self.read_end)
-        os.close(self._write_end)
