@@ -5,7 +5,8 @@
 # PYTHON=... names the interpreter to start from (default: python3).
 
 TORCH_REQUIREMENT="torch==2.11.0"
-DEBIAN_PACKAGES=(g++ cmake ninja-build ccache libhwy-dev liburing-dev nlohmann-json3-dev libgtest-dev)
+DEBIAN_PACKAGES=(g++ cmake ninja-build ccache libhwy-dev liburing-dev nlohmann-json3-dev libgtest-dev
+  openssh-server openssh-client pdsh iproute2 openmpi-bin mpich)  # the second line: jobs on several hosts
 
 say() { printf '\n== %s\n' "$*"; }
 

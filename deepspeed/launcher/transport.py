@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from .exports import exported
 from .say import Voice
 
-_SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
+SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
 
 class NoTransport(Exception):
     """The program that should start the job on other hosts is not there."""
@@ -79,7 +79,7 @@ def _program(*names: str) -> str:
 
 
 def _ssh(host: str, node_rank: int, command: str, extra: list[str], port: int | None) -> Transport:
-    argv = [_program("ssh"), *_SSH_OPTIONS, *(["-p", str(port)] if port else []), *extra, host, command]
+    argv = [_program("ssh"), *SSH_OPTIONS, *(["-p", str(port)] if port else []), *extra, host, command]
     return Transport("ssh", argv, [node_rank], dict(os.environ))
 
 
@@ -91,6 +91,6 @@ def _pdsh(host: str, node_rank: int, command: str, extra: list[str], port: int |
 def pdsh_environment(port: int | None) -> dict[str, str]:
     env = dict(os.environ)
     env.setdefault("PDSH_RCMD_TYPE", "ssh")
-    options = [env.get("PDSH_SSH_ARGS_APPEND", ""), *_SSH_OPTIONS, *(["-p", str(port)] if port else [])]
+    options = [env.get("PDSH_SSH_ARGS_APPEND", ""), *SSH_OPTIONS, *(["-p", str(port)] if port else [])]
     env["PDSH_SSH_ARGS_APPEND"] = " ".join(filter(None, options))
     return env

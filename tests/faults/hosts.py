@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts on one machine: network namespaces with a host name, an sshd and a cable of their own between them."""
+"""Two hosts on one machine: network namespaces each with its host name, processes, sshd and cable."""
 
 import os
 import shutil
@@ -14,6 +14,10 @@ from pathlib import Path
 from tests.faults.job import ROOT, alive
 
 
+# What the launcher starts on a host does not see the processes of the others, so neither shared memory nor signals connect them.
+_OWN_PROCESSES = ("--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
 def why_not():
     """What this machine lacks for it, or None."""
     if os.geteuid() != 0:
@@ -21,7 +25,7 @@ def why_not():
     for program, package in (("ip", "iproute2"), ("sshd", "openssh-server"), ("ssh", "openssh-client"), ("unshare", "util-linux")):
         if shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None:
             return f"{program} is not installed ({package})"
-    if subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True).returncode:
+    if subprocess.run(["unshare", "--net", "--uts", *_OWN_PROCESSES, "true"], capture_output=True).returncode:
         return "this machine (a container?) does not let root create network namespaces"
     return None
 
@@ -89,7 +93,7 @@ class Hosts:
 
     def _serve(self, name):
         sshd = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"])
-        self._servers.append(subprocess.Popen([*self.inside(name), sshd, "-D", "-e", "-f", self.folder / "sshd_config"],
+        self._servers.append(subprocess.Popen([*self.inside(name, *_OWN_PROCESSES), sshd, "-D", "-e", "-f", self.folder / "sshd_config"],
                                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=open(self.folder / f"{name}.log", "w"),
                                               start_new_session=True))
         end = time.monotonic() + 10
@@ -98,9 +102,9 @@ class Hosts:
             assert time.monotonic() < end, (self.folder / f"{name}.log").read_text()
             time.sleep(0.05)
 
-    def inside(self, name):
+    def inside(self, name, *more):
         """Command prefix that makes a program run on a host."""
-        return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name]
+        return ["ip", "netns", "exec", name, "unshare", "--uts", *more, "sh", "-c", 'hostname "$0"; exec "$@"', name]
 
     def cut(self, name):
         """Pull the cable of a host, at the end of the switch: the host itself notices nothing."""
@@ -130,7 +134,7 @@ class HostsJob:
     def __enter__(self):
         flags = list(self.flags)
         if "ssh" in flags:
-            flags += ["--launcher_args", f"-F {self.hosts.folder}/ssh_config"]
+            flags = ["--launcher_args", f"-F {self.hosts.folder}/ssh_config", *flags]
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "-H", "hosts", *flags, "script.py"]
         self.process = subprocess.Popen([*self.hosts.inside(self.hosts.names[0]), *command], cwd=self.directory, env=self.env, text=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which ranks a command line gives, on machines that are only described."""
 
+import dataclasses
+
 import pytest
 
 from deepspeed.launcher import devices, launch
 from deepspeed.launcher.launch import LaunchError, rank_specs
 from deepspeed.launcher.options import parse_args
-from deepspeed.launcher.placement import plan_job
+from deepspeed.launcher.placement import plan_job, starts_hosts
 from deepspeed.launcher.say import Voice
 
 
@@ -105,8 +107,9 @@ def test_commands(machine, script, flags, expected):
 
 @pytest.mark.parametrize("flags,message", [
     (("--autotuning", "run"), "--autotuning: the autotuner is not built yet"),
-    (("--elastic_training", ), "--elastic_training: .*not built yet"),
-    (("--force_multi", ), "multi-host launching is not built yet"),
+    (("--min_elastic_nodes", "1"), "only with --elastic_training"),
+    (("--elastic_training", "--min_elastic_nodes", "2"), "the job begins with 1 host, which must lie between"),
+    (("--force_multi", "--no_ssh"), "--force_multi: starts the hosts over the network"),
     (("--num_gpus", "2", "--include", "localhost"), "--num_gpus: not together"),
     (("--include", "localhost", "--exclude", "localhost:0"), "exclude each other"),
     (("--include", "elsewhere"), "host 'elsewhere'"),
@@ -148,8 +151,12 @@ def test_hostfile_with_one_host_is_local(machine, tmp_path):
 
 def test_several_hosts(machine, tmp_path, script):
     hosts = hostfile(tmp_path, "one slots=2\ntwo slots=3\n")
-    with pytest.raises(LaunchError, match="multi-host launching is not built yet, and these are 2 hosts: one, two"):
-        plan_job(parse_args([*hosts, "x.py"]), Voice("error"))
+    args = parse_args([*hosts, "x.py"])
+    job = plan_job(args, Voice("error"))
+    # The address is agreed on when the hosts have called back.
+    assert starts_hosts(args, job.world_info) and job.world_info == {"one": [0, 1], "two": [0, 1, 2]} and job.master_addr == ""
+    forced = parse_args([*hosts, "--force_multi", "--include", "two", "x.py"])
+    assert starts_hosts(forced, plan_job(forced, Voice("error")).world_info)
     assert plan_job(parse_args([*hosts, "--num_nodes", "1", "x.py"]), Voice("error")).slots == [0, 1]
     assert plan_job(parse_args([*hosts, "--include", "two:1", "x.py"]), Voice("error")).slots == [1]
 
@@ -165,10 +172,22 @@ def test_several_hosts(machine, tmp_path, script):
         plan_job(parse_args([*hosts, "--num_gpus", "3", script]), Voice("error"))
 
 
-def test_launch_reads_the_same_job():
-    from deepspeed.launcher.resources import encode_world_info
-    args = launch.parse_args(["--world_info", encode_world_info({"a": [0], "b": [0, 1]}), "--node_rank", "1",
-                              "--master_addr", "a", "--no_local_rank", "x.py", "--flag"])
-    job = launch.job_from_args(args, world_info=launch.decode_world_info(args.world_info), script=args.training_script,
-                               script_args=args.training_script_args, master_addr=args.master_addr)
-    assert job.first_rank == 1 and job.world_size == 3 and job.script_args == ["--flag"] and job.no_local_rank
+def test_a_host_reads_the_job_that_was_planned(machine, tmp_path):
+    flags = ["--module", "--no_local_rank", "--bind_core_list", "1,3", "--venv_script", "/v/activate", "--enable_each_rank_log", "logs",
+             "--elastic_training", "--max_restarts", "3", "--master_port", "0"]
+    planned = plan_job(parse_args([*hostfile(tmp_path, "a slots=1\nb slots=2\n"), *flags, "x", "--flag", "a b"]), Voice("error"))
+    args = launch.parse_args(["--node_rank=1", *launch.arguments_of(planned, "contact", "debug")])
+    assert (args.node_rank, args.head, args.log_level, args.elastic) == (1, "contact", "debug", "1:2:3")
+    read = launch.job_from_args(args, world_info=launch.decode_world_info(args.world_info), script=args.training_script,
+                                script_args=args.training_script_args, master_addr="", elastic=planned.elastic)
+    assert read.first_rank == 1 and read.world_size == 3
+    assert dataclasses.replace(read, node_rank=0) == planned
+
+
+def test_an_elastic_host_runs_one_agent(machine, script, monkeypatch):
+    monkeypatch.setenv("RANK", "7")
+    spec, = rank_specs(plan("--elastic_training", "--num_gpus", "3", "--max_restarts", "5", script=script))
+    assert spec.argv[2:5] == ["-m", "deepspeed.launcher.elastic", "--ranks=3"] and "--max_restarts=5" in spec.argv
+    assert spec.argv[-2:] == [script, "--local_rank=${local_rank}"] and "RANK" not in spec.env
+    with pytest.raises(LaunchError, match="--bind_cores_to_rank: not with --elastic_training"):
+        rank_specs(plan("--elastic_training", "--bind_cores_to_rank", script=script))
