@@ -100,8 +100,8 @@ class Reporting:
         if not boundary:
             return
         self._update_ms = {phase: self.timers(pair[1]).elapsed(reset=False) for phase, pair in PHASES.items()}
-        if self.flops_profiler is not None and self.flops_profiler.done and self.global_steps == self._config.flops_profiler.profile_step + 1:
-            section = self._config.flops_profiler
+        section = self._config.flops_profiler
+        if self.flops_profiler is not None and self.flops_profiler.done and self.global_steps == section.profile_step + 1:
             self.flops_profiler.print_model_profile(profile_step=section.profile_step, module_depth=section.module_depth,
                                                     top_modules=section.top_modules, detailed=section.detailed,
                                                     output_file=section.output_file)

@@ -4,8 +4,8 @@
 Note [What is counted]: a multiply-accumulate (MAC) of a matrix product, convolution, attention or recurrent layer is two floating-point
 operations (FLOPs). Their formulas are those of torch.utils.flop_counter, and those below for operations it has none for. Everything
 else counts per element, with no MACs: a pointwise operation 1 of every element of its result, softmax, pooling and reductions 1 of
-every element of their argument, a normalisation 4, or 5 with a weight (a batch norm with fixed statistics 2), a convolution's bias 1. Indexing, copies,
-comparisons and embeddings are free. The bias of a linear layer is part of its matrix product.
+every element of their argument, a normalisation 4, or 5 with a weight (a batch norm with fixed statistics 2), a convolution's
+bias 1. Indexing, copies, comparisons and embeddings are free. The bias of a linear layer is part of its matrix product.
 """
 from math import prod
 from typing import NamedTuple

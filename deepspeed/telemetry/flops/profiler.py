@@ -72,6 +72,7 @@ class FlopsProfiler:
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)  # its fused kernels would hide the operations
             self._counter = stack.enter_context(OperationCounter(self._count))
+            torch.ones(1) + 1  # the first operation seen loads parts of PyTorch, seconds that would be booked on the first module
             self._running = stack.pop_all()
         self.started = True
 
@@ -198,13 +199,13 @@ def get_model_profile(model, input_shape=None, args=[], kwargs={}, print_profile
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for _ in range(warm_up):
-            call()
-        profiler.start_profile(ignore_list=ignore_modules)
-        try:
-            call()
-        finally:
-            profiler.stop_profile()
+        for left in range(warm_up, -1, -1):
+            if left <= 1:  # the last warm-up call is watched as well: PyTorch does some work at the first sight of each operation
+                profiler.start_profile(ignore_list=ignore_modules)
+            try:
+                call()
+            finally:
+                profiler.stop_profile()
     finally:
         for module, mode in modes.items():
             module.training = mode

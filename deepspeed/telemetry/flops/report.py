@@ -22,16 +22,23 @@ class Row(NamedTuple):
 
 
 def rows_of(profiler):
-    """Every module in the order of print(model); one that hangs in several places comes once."""
-    from deepspeed.telemetry.flops.profiler import numel_of
+    """Every module in the order of print(model); one that hangs in several places comes once. A container that is never called itself,
+    such as a ModuleList, has its children's sums."""
+    from deepspeed.telemetry.flops.profiler import Record, numel_of
     rows, seen = [], set()
 
     def visit(module, name, depth):
         seen.add(id(module))
-        rows.append(Row(depth, name, type(module).__name__, module.extra_repr(), numel_of(module.parameters()), profiler.record_of(module)))
-        for child_name, child in module.named_children():
-            if id(child) not in seen:
-                visit(child, child_name, depth + 1)
+        at, record = len(rows), profiler.record_of(module)
+        rows.append(None)
+        inside = [visit(child, child_name, depth + 1) for child_name, child in module.named_children() if id(child) not in seen]
+        if not record.calls:
+            record = Record()
+            for part in inside:
+                record.macs, record.flops = record.macs + part.macs, record.flops + part.flops
+                record.latency_s += part.latency_s
+        rows[at] = Row(depth, name, type(module).__name__, module.extra_repr(), numel_of(module.parameters()), record)
+        return record
 
     visit(profiler.model, "", 0)
     return rows
@@ -49,8 +56,8 @@ def _engine_figures(profiler, flops, forward_s):
     """(label, text) of what only an engine knows: its groups, and the times of the update that was profiled."""
     engine, again = profiler.ds_engine, profiler.recompute_fwd_factor
     micro, gas = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    groups = [("world size", engine.world_size), ("data parallel size", engine.dp_world_size), ("model parallel size", engine.mp_world_size),
-              ("batch size per GPU", micro), ("micro-batches per update", gas)]
+    groups = [("world size", engine.world_size), ("data parallel size", engine.dp_world_size),
+              ("model parallel size", engine.mp_world_size), ("batch size per GPU", micro), ("micro-batches per update", gas)]
     backward_s, step_s = (engine.timers(name).elapsed(reset=False) / 1000.0 for name in (BACKWARD_GLOBAL_TIMER, STEP_GLOBAL_TIMER))
     backward_s /= gas
     iter_s = gas * (forward_s + backward_s) + step_s

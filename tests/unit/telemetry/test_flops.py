@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations of a forward pass against formulas written out by hand, layer by layer, and the tree they are booked on."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from deepspeed.profiling.flops_profiler import FlopsProfiler, get_model_profile
 from deepspeed.profiling.flops_profiler.profiler import (duration_to_string, flops_to_string, macs_to_string, number_to_string,
                                                          params_to_string)
+from deepspeed.telemetry.flops import report
 
 
 class Call(nn.Module):
@@ -207,14 +210,68 @@ def test_report(tmp_path):
     strings = get_model_profile(model, kwargs={"input_ids": ids()}, output_file=str(out), top_modules=2)
     text = out.read_text()
     assert strings[1] == macs_to_string(MODEL_MACS) and strings[1] in text
-    lines = {line.split()[0] + " " + line.split()[1] if line.startswith("  ") else line.split("  ")[0]: line for line in text.splitlines() if line}
+    lines = {" ".join(line.split()[:2]) if line.startswith("  ") else line.split("  ")[0]: line for line in text.splitlines() if line}
     assert "100.0%" in lines["Transformer"] and macs_to_string(BLOCK_MACS) in lines["(1) Block"]
     assert "in_features=16, out_features=48, bias=True" in lines["(qkv) Linear"]
+    assert macs_to_string(3 * BLOCK_MACS) in lines["(blocks) ModuleList"]  # never called itself: its children's sum
     assert "depth 2:" in text and "Block" in text.split("depth 2:")[1].split("depth 3:")[0]
     get_model_profile(model, kwargs={"input_ids": ids()}, output_file=str(out), module_depth=1)
     assert "(embed) Embedding" in out.read_text() and "(qkv)" not in out.read_text()
     get_model_profile(model, kwargs={"input_ids": ids()}, output_file=str(out), detailed=False)
     assert "(embed)" not in out.read_text() and "fwd MACs per GPU" in out.read_text()
+
+
+def test_calls_and_modes():
+    class Generator(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            Generator.calls += 1
+            return self.linear(x)
+
+        def generate(self, x, steps=3):
+            for _ in range(steps):
+                x = self(x)
+            return x
+
+    for warm_up, calls in ((0, 1), (1, 2), (3, 4)):
+        Generator.calls = 0
+        _, macs, _ = get_model_profile(Generator(), (2, 4), print_profile=False, as_string=False, warm_up=warm_up)
+        assert (macs, Generator.calls) == (32, calls)
+    _, macs, _ = get_model_profile(Generator(), args=[r(2, 4)], kwargs={"steps": 5}, print_profile=False, as_string=False, mode="generate")
+    assert macs == 5 * 32
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+    frozen[0].eval()
+    get_model_profile(frozen, (2, 4), print_profile=False)
+    assert frozen.training and frozen[1].training and not frozen[0].training
+
+
+def test_packed_sequences():
+    packed = nn.utils.rnn.pack_padded_sequence(r(5, 3, 8), [5, 3, 2])
+    _, macs, _ = get_model_profile(nn.GRU(8, 16), args=[packed], print_profile=False, as_string=False)
+    assert macs == 10 * GRU
+
+
+def test_recomputing_and_groups_in_an_engines_report():
+    times = {"bwd": 40.0, "step": 10.0}  # ms
+    engine = SimpleNamespace(train_micro_batch_size_per_gpu=lambda: 2, gradient_accumulation_steps=lambda: 4, world_size=8, dp_world_size=4,
+                             mp_world_size=2, timers=lambda name: SimpleNamespace(elapsed=lambda reset: times[name]))
+    profiler = FlopsProfiler(nn.Linear(10, 10), engine, recompute_fwd_factor=1.0)
+    profiler.start_profile()
+    profiler.model(r(500, 10))
+    profiler.stop_profile()
+    profiler.record_of(profiler.model).latency_s = 0.01
+    lines = dict(line.split(":", 1) for line in report.summary(profiler).splitlines())
+    lines = {label: value.strip() for label, value in lines.items()}
+    assert lines["bwd FLOPS per GPU = 3 * fwd flops / bwd latency"] == "30 MFLOPS"  # 3 * 100 K in 10 ms
+    assert lines["fwd+bwd FLOPS per GPU = 4 * fwd flops / (fwd+bwd latency)"] == "20 MFLOPS"
+    assert lines["iter latency = micro-batches * (fwd+bwd latency) + step latency"] == "90 ms"
+    assert lines["samples/second, all ranks"] == f"{2 * 4 * 4 / 0.09:.2f}"
+    assert lines["params of model = params per GPU * mp_size"] == "220"
 
 
 def test_printed_profile_and_misuse(capsys):
@@ -246,7 +303,8 @@ def test_operations_of_other_libraries_are_named(tmp_path):
 
 
 def test_numbers_as_text():
-    assert [number_to_string(x) for x in (0, 5, 999, 1000, 1234.5, 2.5e9, 0.0005)] == ["0 ", "5 ", "999 ", "1 K", "1.23 K", "2.5 G", "500 u"]
+    texts = ["0 ", "5 ", "999 ", "1 K", "1.23 K", "2.5 G", "500 u"]
+    assert [number_to_string(x) for x in (0, 5, 999, 1000, 1234.5, 2.5e9, 0.0005)] == texts
     assert flops_to_string(1.5e12) == "1.5 TFLOPS" and macs_to_string(2560) == "2.56 KMACs"
     assert params_to_string(7e9) == "7 B" and params_to_string(740) == "740"
     assert duration_to_string(0.00143) == "1.43 ms" and duration_to_string(1234.5) == "1234.5 s"

@@ -60,6 +60,30 @@ def test_rank_comes_from_the_environment(monkeypatch):
     assert record.rank == "-"
 
 
+@pytest.mark.parametrize("rank,level,passes", [(0, "WARNING", True), (1, "WARNING", False), (1, "REPORT", False), (1, "ERROR", True),
+                                               (1, "CRITICAL", True)])
+def test_other_ranks_are_heard_only_when_it_is_an_error(monkeypatch, rank, level, passes):
+    monkeypatch.setenv("RANK", str(rank))
+    record = logging.LogRecord("DeepSpeed", logging.getLevelName(level), "f.py", 1, "x", (), None)
+    assert bool(logs._RankFilter().filter(record)) == passes
+    record.rank_chosen = True
+    assert logs._RankFilter().filter(record)
+
+
+def test_other_ranks_are_heard_at_level_debug(lines, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    logger.setLevel(logging.DEBUG)
+    assert logs._RankFilter().filter(logging.LogRecord("DeepSpeed", logging.INFO, "f.py", 1, "x", (), None))
+
+
+def test_what_was_asked_for_is_said_at_the_default_level(lines, monkeypatch):
+    logger.setLevel(logging.WARNING)
+    logs.report("progress")
+    logger.setLevel(logging.ERROR)
+    logs.report("not this")
+    assert [(record.getMessage(), record.levelname) for record in lines] == [("progress", "REPORT")]
+
+
 def test_levels(lines):
     logs.set_log_level_from_string("ERROR")
     assert logs.get_current_level() == logging.ERROR and not logs.should_log_le("info") and logs.should_log_le("critical")

@@ -12,8 +12,8 @@ from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, Through
 def clock(monkeypatch):
     """A clock the test moves, in seconds; also the device's."""
     now = types.SimpleNamespace(s=100.0)
-    device = types.SimpleNamespace(Event=HostEvent, is_synchronized_device=lambda: False, memory_allocated=lambda: 0, max_memory_allocated=lambda: 0,
-                                   memory_reserved=lambda: 0, max_memory_reserved=lambda: 0)
+    device = types.SimpleNamespace(Event=HostEvent, is_synchronized_device=lambda: False, memory_allocated=lambda: 0,
+                                   max_memory_allocated=lambda: 0, memory_reserved=lambda: 0, max_memory_reserved=lambda: 0)
     monkeypatch.setattr("time.perf_counter", lambda: now.s)
     monkeypatch.setattr(module, "get_accelerator", lambda: device)
     return now
