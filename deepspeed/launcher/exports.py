@@ -15,7 +15,8 @@ EXPORT_ENVS = ["MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "GLOO", "DS_", "DEEPSPE
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What tells a rank that MPI started it. It did not (see above), and a script that imports mpi4py would wait for a world.
-MPI_VARIABLES = re.compile(r"(OMPI|PMIX?|PMI2|OPAL|ORTE|PRTE|HYDRA|HYDI|MPI|MPIR|MPIEXEC|MV2_COMM_WORLD)_.*|SLURM_(PROCID|LOCALID|STEP_.*|NTASKS)")
+MPI_VARIABLES = re.compile(r"(OMPI|PMIX?|PMI2|OPAL|ORTE|PRTE|HYDRA|HYDI|MPI|MPIR|MPIEXEC|MV2_COMM_WORLD)_.*|"
+                           r"SLURM_(PROCID|LOCALID|STEP_.*|NTASKS)")
 
 
 def read_environment_file(path: str) -> dict[str, str]:

@@ -134,6 +134,8 @@ class Head(Watch):
         self._selector.register(line, selectors.EVENT_READ, line)
 
     def _hear(self, line: Line, now: float) -> None:
+        if line.fileno() < 0:  # closed in this very turn
+            return
         host = next((host for host in self.hosts if host.line is line), None)
         if host is None:
             self._identify(line, now)
@@ -270,7 +272,8 @@ class Head(Watch):
 
     # --- for the loop ------------------------------------------------------------------------------------------------
     def _trouble(self) -> bool:
-        return sum(not host.bad for host in self.hosts) < self.min_hosts
+        # The first host of an elastic job holds what the others meet through.
+        return self.hosts[0].bad or sum(not host.bad for host in self.hosts) < self.min_hosts
 
     def _all_well(self) -> bool:
         return all(host.over for host in self.hosts) and not self._trouble()

@@ -93,9 +93,9 @@ class Hosts:
 
     def _serve(self, name):
         sshd = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"])
-        self._servers.append(subprocess.Popen([*self.inside(name, *_OWN_PROCESSES), sshd, "-D", "-e", "-f", self.folder / "sshd_config"],
-                                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=open(self.folder / f"{name}.log", "w"),
-                                              start_new_session=True))
+        command = [*self.inside(name, *_OWN_PROCESSES), sshd, "-D", "-e", "-f", self.folder / "sshd_config"]
+        with open(self.folder / f"{name}.log", "w") as log:
+            self._servers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
         end = time.monotonic() + 10
         while subprocess.run(["ip", "netns", "exec", name, "ssh", "-F", self.folder / "ssh_config", name, "true"],
                              capture_output=True).returncode:

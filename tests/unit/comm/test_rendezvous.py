@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every launcher's variables, and what is said when some are missing. Pure functions of a mapping."""
+"""Every launcher's variables, and what is said when some are missing. Pure functions of a mapping; and two real MPI launchers."""
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +117,16 @@ def test_azure_ml():
 def test_sagemaker():
     environ = {**OPENMPI, "SM_TRAINING_ENV": json.dumps({"hosts": ["algo-1", "algo-2"], "current_host": "algo-2"})}
     assert find(environ) == Rendezvous(3, 4, 1, "algo-1", 29500, "SageMaker")
+
+
+@pytest.mark.parametrize("command", [["mpirun.openmpi", "--oversubscribe"], ["mpiexec.mpich"]], ids=["Open MPI", "MPICH"])
+def test_ranks_of_a_real_mpi(command):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    as_root = ["--allow-run-as-root"] if "openmpi" in command[0] and os.geteuid() == 0 else []
+    script = "import os; from deepspeed.comm.rendezvous import find; os.write(1, (repr(tuple(find())) + chr(10)).encode())"
+    env = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    out = subprocess.run([*command, *as_root, "-n", "2", sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+                         env=dict(env, PYTHONPATH=str(Path(__file__).parents[3])))
+    source = "Open MPI" if as_root or "openmpi" in command[0] else "PMI"
+    assert sorted(out.stdout.split("\n"))[-2:] == [repr((rank, 2, rank, "127.0.0.1", 29500, source)) for rank in range(2)], out
