@@ -130,7 +130,7 @@ ds::config::Device to_device(const std::string& name) {
 }
 
 py::dict load(const py::object& source, ds::config::World world, const std::string& device, std::optional<bool> strict,
-              bool batch_required) {
+              bool batch_required, bool accept_unbuilt) {
   Objects objects;
   ds::config::Document document;
   py::object raw = source;
@@ -145,6 +145,7 @@ py::dict load(const py::object& source, ds::config::World world, const std::stri
   options.device = to_device(device);
   options.strict = strict;
   options.batch_required = batch_required;
+  options.accept_unbuilt = accept_unbuilt;
   options.source = document.source;
   const Config config = ds::config::load(document.json, options);
 
@@ -203,7 +204,7 @@ void bind_config(py::module_& core) {
       .def_readonly("size", &ds::config::World::size)
       .def_readonly("ranks_per_sample", &ds::config::World::ranks_per_sample);
   module.def("load", &load, py::arg("source"), py::kw_only(), py::arg("world"), py::arg("device"), py::arg("strict"),
-             py::arg("batch_required"));
+             py::arg("batch_required"), py::arg("accept_unbuilt") = false);
   module.def("documentation", &ds::config::documentation);
   module.def("canonical_path", &ds::config::canonical_path, py::arg("path"));
   module.def("aliases", [] {

@@ -5,12 +5,69 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "plan/layout.h"
+#include "plan/memory.h"
 
 namespace py = pybind11;
 using namespace ds::plan;
 
+namespace {
+
+py::dict as_dict(const MemoryUse& use) {
+  py::dict d;
+  d["parameters"] = use.parameters;
+  d["gradients"] = use.gradients;
+  d["master_weights"] = use.master_weights;
+  d["optimizer_state"] = use.optimizer_state;
+  d["gathered_units"] = use.gathered_units;
+  d["buckets"] = use.buckets;
+  return d;
+}
+
+using PyParam = std::tuple<int64_t, int64_t, bool>;
+
+py::dict estimate_dict(const std::vector<Module>& tree, const std::vector<std::vector<PyParam>>& params, UnitBudget budget,
+                       const Partition& partition) {
+  ModelSizes model;
+  model.tree = tree;
+  for (const auto& own : params) {
+    model.params.emplace_back();
+    for (const auto& [numel, element_bytes, trainable] : own) model.params.back().push_back({numel, element_bytes, trainable});
+  }
+  const Estimate found = estimate(model, budget, partition);
+  py::dict d;
+  d["device"] = as_dict(found.device);
+  d["host"] = as_dict(found.host);
+  py::list traffic;
+  for (const Traffic& t : found.traffic) traffic.append(py::make_tuple(t.phase, t.number, t.bytes, t.sent_bytes));
+  d["traffic"] = traffic;
+  d["numel"] = found.numel;
+  d["units"] = found.units;
+  d["largest_unit_numel"] = found.largest_unit_numel;
+  return d;
+}
+
+}  // namespace
+
 void bind_plan(py::module_& m) {
+  py::class_<Partition>(m, "Partition", "What is divided among whom; see csrc/plan/memory.h.")
+      .def(py::init<>())
+      .def_readwrite("ranks", &Partition::ranks)
+      .def_readwrite("replicas", &Partition::replicas)
+      .def_readwrite("shard_params", &Partition::shard_params)
+      .def_readwrite("partial_step", &Partition::partial_step)
+      .def_readwrite("persistent_numel", &Partition::persistent_numel)
+      .def_readwrite("reduce_bytes", &Partition::reduce_bytes)
+      .def_readwrite("states", &Partition::states)
+      .def_readwrite("accumulation", &Partition::accumulation)
+      .def_readwrite("on_host", &Partition::on_host)
+      .def_readwrite("prefetch", &Partition::prefetch)
+      .def_readwrite("offload_states", &Partition::offload_states)
+      .def_readwrite("offload_params", &Partition::offload_params);
+  m.def("estimate", &estimate_dict, py::arg("tree"), py::arg("params"), py::arg("budget"), py::arg("partition"),
+        "Bytes a rank holds by kind, and traffic a step. params: for each module the (numel, element bytes, trainable) it owns.");
   py::class_<Module>(m, "PlanModule", "One module of the tree, in pre-order; see plan_units.")
       .def(py::init([](int parent, int64_t own_numel, bool container, bool repeated, bool leaf) {
              return Module{parent, own_numel, container, repeated, leaf};

@@ -182,6 +182,14 @@ void bind_store(py::module_& m) {
       .def("clear_master", [](PyStore& s, int f) { s.flats().at(f).master = at::Tensor(); })
       .def("set_step", &PyStore::set_step)
       .def("gathered_bytes", &PyStore::gathered_bytes)
+      .def("bytes", [](PyStore& s) {
+        const zero::StoreBytes held = s.bytes();
+        py::dict d;
+        d["parameters"] = held.parameters;
+        d["master_weights"] = held.master_weights;
+        d["gathered_units"] = held.gathered_units;
+        return d;
+      })
       .def("pool_bytes", [](PyStore& s) { return s.pool().free_bytes(); })
       .def("trim_pool", [](PyStore& s) { s.pool().trim(); })
       .def_property_readonly("units", [](PyStore& s) { return s.units().size(); })
@@ -221,7 +229,8 @@ void bind_reducer(py::module_& m) {
       .def("grad", &GradReducer::grad)
       .def("grad_slice", &GradReducer::grad_slice)
       .def("has_grad", &GradReducer::has_grad)
-      .def("accumulator_bytes", &GradReducer::accumulator_bytes);
+      .def("accumulator_bytes", &GradReducer::accumulator_bytes)
+      .def("bucket_bytes", &GradReducer::bucket_bytes);
 }
 
 void bind_hooks(py::module_& m) {

@@ -84,7 +84,7 @@ Config load(const Json& document, const Options& options) {
   apply_rules(resolved, findings);
   Config config;
   config.batch = resolve_batch(resolved, options, findings);
-  refuse_unbuilt(resolved, options.device, findings);
+  if (!options.accept_unbuilt) refuse_unbuilt(resolved, options.device, findings);
   findings.throw_if_any(options.source);
   config.values = std::move(resolved.values);
   config.given = std::move(resolved.given);

@@ -24,6 +24,7 @@ struct Options {
   Device device = Device::Cpu;
   std::optional<bool> strict;  // over the document's own "strict"
   bool batch_required = true;  // false: for readers that only ask where parameters go
+  bool accept_unbuilt = false; // true: for readers that run nothing, so what is not built yet may be asked for
   std::string source = "config";  // named in messages
 };
 

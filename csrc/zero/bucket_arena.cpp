@@ -5,16 +5,17 @@
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "plan/reserve.h"
 
 namespace ds::zero {
 namespace {
-constexpr int64_t kAlignBytes = 4096;
+constexpr int64_t kAlignBytes = plan::kReservePageBytes;
 }
 
 BucketArena::BucketArena(comm::Transport& transport, int64_t largest_bytes) {
-  const int64_t largest = round_up(std::max<int64_t>(largest_bytes, 1), kAlignBytes);
-  general_bytes_ = largest + round_up(largest / 8, kAlignBytes);  // room for a small flat opened early beside the one whose turn it is
-  total_bytes_ = general_bytes_ + largest;
+  const plan::BucketBytes bytes = plan::bucket_bytes(largest_bytes);
+  general_bytes_ = bytes.general;
+  total_bytes_ = bytes.total;
   buffer_ = transport.allocate(static_cast<size_t>(total_bytes_));
 }
 

@@ -36,6 +36,7 @@ class BucketArena {
   void wait_drained();
 
   comm::SymmetricBuffer& buffer() { return *buffer_; }
+  int64_t bytes() const { return total_bytes_; }
   char* data(Region region) { return static_cast<char*>(buffer_->data()) + region.offset; }
 
  private:

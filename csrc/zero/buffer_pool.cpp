@@ -6,31 +6,22 @@
 #include "base/checked.h"
 #include "base/error.h"
 #include "optim/long_lived.h"
-#include "platform/memory.h"
+#include "plan/reserve.h"
 
 namespace ds::zero {
-namespace {
-
-constexpr int64_t kHugePage = platform::kHugePageBytes;
-
-}  // namespace
-
 at::Tensor BufferPool::take(int64_t bytes) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    size_t best = free_.size();
-    for (size_t i = 0; i < free_.size(); ++i) {
-      const int64_t size = free_[i].numel();
-      if (size < bytes || size > 2 * bytes + kHugePage) continue;
-      if (best == free_.size() || size < free_[best].numel()) best = i;
-    }
-    if (best < free_.size()) {
-      at::Tensor buffer = std::move(free_[best]);
-      free_.erase(free_.begin() + static_cast<int64_t>(best));
+    std::vector<int64_t> sizes;
+    for (const at::Tensor& t : free_) sizes.push_back(t.numel());
+    const int best = plan::best_free_buffer(sizes, bytes);
+    if (best >= 0) {
+      at::Tensor buffer = std::move(free_[static_cast<size_t>(best)]);
+      free_.erase(free_.begin() + best);
       return buffer;
     }
   }
-  if (device_.is_cpu()) return optim::host_bytes(round_up(bytes, bytes >= kHugePage ? kHugePage : 1));
+  if (device_.is_cpu()) return optim::host_bytes(plan::pool_buffer_bytes(bytes, /*on_host=*/true));
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device_));
 }
 

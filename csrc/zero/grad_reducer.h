@@ -78,6 +78,7 @@ class GradReducer {
   // Every reduced gradient is ready (or zero) on this rank after this.
   void ensure_grads();
   int64_t accumulator_bytes() const;
+  int64_t bucket_bytes() const { return arena_ ? arena_->bytes() : 0; }
 
  private:
   struct FlatState {

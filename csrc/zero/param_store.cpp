@@ -14,12 +14,10 @@
 #include "base/checked.h"
 #include "base/error.h"
 #include "optim/long_lived.h"
+#include "plan/reserve.h"
 
 namespace ds::zero {
 namespace {
-
-constexpr int64_t kChunkBytes = int64_t{64} << 20;
-constexpr int64_t kHomeAlignBytes = 4096;   // a flat starts on a page, so peers can drop exactly its pages
 
 // A view that keeps the memory's owner alive, however long the store itself lives.
 template <typename Owner>
@@ -55,9 +53,9 @@ ParamStore::ParamStore(Groups groups, at::Device device, StoreOptions options)
 }
 
 std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_home(int64_t bytes) {
-  const int64_t size = round_up(bytes, kHomeAlignBytes);
+  const int64_t size = round_up(bytes, plan::kReservePageBytes);
   if (!chunk_ || chunk_used_bytes_ + size > static_cast<int64_t>(chunk_->bytes())) {
-    chunk_ = groups_.shard->allocate(static_cast<size_t>(std::max(size, kChunkBytes)));
+    chunk_ = groups_.shard->allocate(static_cast<size_t>(std::max(size, plan::kHomeChunkBytes)));
     chunk_used_bytes_ = 0;
   }
   const int64_t offset = chunk_used_bytes_;
@@ -413,6 +411,18 @@ void ParamStore::drop_param(int index) {
     chunk_.reset();
     pool_.trim();
   }
+}
+
+StoreBytes ParamStore::bytes() const {
+  StoreBytes held;
+  for (const Flat& flat : flats_) {
+    const at::Tensor& resting = options_.shard_params ? flat.shard : flat.full;
+    if (resting.defined()) held.parameters += resting.numel() * static_cast<int64_t>(resting.element_size());
+    if (flat.master.defined()) held.master_weights += flat.master.numel() * static_cast<int64_t>(flat.master.element_size());
+    if (flat.buffer.defined()) held.gathered_units += flat.buffer.numel();
+  }
+  held.gathered_units += pool_.free_bytes();
+  return held;
 }
 
 int64_t ParamStore::gathered_bytes() const {

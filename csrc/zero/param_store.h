@@ -76,6 +76,14 @@ struct StoreOptions {
   int64_t align_numel = 64;
 };
 
+// Bytes this rank holds now: parameters at rest (shards, or all of them when replicated), masters, and the buffers of gathered
+// units, free ones included.
+struct StoreBytes {
+  int64_t parameters = 0;
+  int64_t master_weights = 0;
+  int64_t gathered_units = 0;
+};
+
 // Which ranks share what: `world` is everyone who must agree, `shard` the ranks a flat is cut over, `replicate` the
 // ranks that hold the same shard (null when there is just one). `reduce` joins the ranks of `shard` once more where the
 // carrier demands one order for all collectives: gradients may finish in another order on another rank, gathers do not.
@@ -139,6 +147,7 @@ class ParamStore {
   void set_step(int64_t step) { step_ = step; }
   comm::Tag tag(const char* phase, int unit, int64_t bytes) const { return {step_, phase, unit, bytes}; }
   int64_t gathered_bytes() const;
+  StoreBytes bytes() const;
   BufferPool& pool() { return pool_; }
   // Bump allocation out of shared chunks, so that few collective allocations are needed.
   std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> allocate_home(int64_t bytes);

@@ -160,7 +160,8 @@ def _report(remarks):
         log_dist_once(f"config: {text}", level=logging.WARNING if level == "warning" else logging.INFO)
 
 
-def load_config(source, world_size=None, *, strict=None, device="cpu", batch_required=True, mpu=None, mesh_device=None):
+def load_config(source, world_size=None, *, strict=None, device="cpu", batch_required=True, mpu=None, mesh_device=None,
+                accept_unbuilt=False):
     """Reads and checks a configuration; raises DeepSpeedConfigError naming everything that is wrong.
 
     source: a dict (or other mapping), a path, JSON text, base64 text of JSON, or a Config, which is handed back.
@@ -169,6 +170,7 @@ def load_config(source, world_size=None, *, strict=None, device="cpu", batch_req
     strict: unknown keys are errors everywhere; by default as the document's own "strict" says.
     device: "cpu" or "cuda", where training will happen; some values can be honoured on one only.
     batch_required: False accepts a document without batch sizes, for readers that only place parameters.
+    accept_unbuilt: True accepts features that this release does not have, for readers that only plan.
     """
     if isinstance(source, Config):
         return source
@@ -177,6 +179,7 @@ def load_config(source, world_size=None, *, strict=None, device="cpu", batch_req
     if not isinstance(source, str) and not (hasattr(source, "keys") and hasattr(source, "items")):
         raise TypeError(f"config must be a dict, a path, or base64 text, found {type(source).__name__}")
     world = find_world(mpu, mesh_device) if world_size is None else World(int(world_size), "the argument world_size")
-    loaded = reader.load(source, world=reader.World(*world), device=device, strict=strict, batch_required=batch_required)
+    loaded = reader.load(source, world=reader.World(*world), device=device, strict=strict, batch_required=batch_required,
+                         accept_unbuilt=accept_unbuilt)
     _report(loaded["remarks"])
     return Config(loaded)

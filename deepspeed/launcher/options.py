@@ -16,7 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed",
         description="Start a training script as one process per GPU, or as several on the CPU.",
-        epilog="Everything after the script's name is passed to the script.")
+        epilog="Everything after the script's name is passed to the script. 'deepspeed plan --help': memory and traffic of a "
+               "configuration, before it runs.")
     _where(parser.add_argument_group("where to run"))
     _how(parser.add_argument_group("how to run the script"))
     _multi_host(parser.add_argument_group("several hosts"))

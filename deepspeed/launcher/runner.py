@@ -18,6 +18,10 @@ __all__ = [
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the command; ends with the exit code of the job."""
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["plan"]:  # the one word that is no script; a script of that name is started as ./plan
+        from deepspeed.planning.command import main as plan
+        plan(words[1:])
     parsed = parse_args(args)
     # Only now, so that --help need not load them.
     from .launch import LaunchError, launch

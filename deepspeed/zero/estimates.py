@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory the model states need, before anything is allocated: training in a 2-byte type with an Adam-like optimizer.
 
-Note [What is counted]: for each parameter 2 bytes of low-precision weight, 2 of its gradient, and 12 of optimizer state (fp32
-master weight and two moments). Stage 2 keeps all weights on each device and divides the rest among the N devices:
-2 + 14/N bytes a parameter. Stage 3 divides everything and adds two gathered units, each at most the largest layer. State that
-is offloaded leaves the device; on the host an accumulated fp32 gradient (4 bytes) stands beside the 12. Host figures are per
-node and times `additional_buffer_factor`, which pays for staging buffers. Activations are not counted.
+Note [What is counted]: for each parameter 2 bytes of low-precision weight, 4 of its gradient, which is accumulated in fp32, and 12 of
+optimizer state (fp32 master weight and two moments). Stage 2 keeps all weights on each device and divides the rest among the N
+devices: 2 + 16/N bytes a parameter. Stage 3 divides everything and adds two gathered units, each at most the largest layer. State that
+is offloaded leaves the device, its gradient with it. Host figures are per node and times `additional_buffer_factor`, which pays for
+staging buffers. Activations are not counted. `deepspeed plan` says more, from the same numbers: padding, buckets, units, traffic.
 """
 import sys
 from typing import NamedTuple
 
 LOW_BYTES = 2
-GRADIENT_BYTES = 2
+GRADIENT_BYTES = 4   # accumulated in fp32
 STATE_BYTES = 12
-HOST_GRADIENT_BYTES = 4
 LOADED_BYTES = 4  # a model is built in fp32 before it is converted
 UNITS_GATHERED = 2
 
@@ -45,7 +44,7 @@ def estimate_zero2_model_states_mem_needs(total_params, num_gpus_per_node=1, num
     loading = _loading_bytes(total_params, num_gpus_per_node)
     if cpu_offload:
         device_bytes = LOW_BYTES * total_params
-        host_bytes = max(loading, (STATE_BYTES + HOST_GRADIENT_BYTES) * total_params / num_nodes)
+        host_bytes = max(loading, (STATE_BYTES + GRADIENT_BYTES) * total_params / num_nodes)
     else:
         device_bytes = LOW_BYTES * total_params + (GRADIENT_BYTES + STATE_BYTES) * total_params / devices
         host_bytes = loading
@@ -66,7 +65,7 @@ def estimate_zero3_model_states_mem_needs(total_params, largest_layer_params, nu
         loading = _loading_bytes(total_params, num_gpus_per_node)
     per_device = per_node = 0
     if cpu_offload:
-        per_node += STATE_BYTES + HOST_GRADIENT_BYTES
+        per_node += STATE_BYTES + GRADIENT_BYTES
     else:
         per_device += GRADIENT_BYTES + STATE_BYTES
     if cpu_offload and cpu_offload_params:

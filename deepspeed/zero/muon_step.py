@@ -90,3 +90,6 @@ class MuonStep:
             self.optimizer.state[seg.parameter].update(zip(names, self._adam.states(part)))
         for index, momentum in self._momentum.items():
             self.optimizer.state[self._where[index][1].parameter]["momentum_buffer"] = momentum
+
+    def state_bytes(self):
+        return self._adam.state_bytes() + sum(m.numel() * m.element_size() for m in self._momentum.values())

@@ -102,6 +102,9 @@ class FusedStep:
         states = self.native.states(segment_slice)
         return states[self.state_names.index(_ALIASES.get(key, key))].narrow(0, segment.begin, segment.numel) if states else None
 
+    def state_bytes(self):
+        return self.native.state_bytes()
+
     def ensure_state(self):
         if self.slices and not self.native.states(0):
             for index, s in enumerate(self.slices):
@@ -143,3 +146,7 @@ class ClientStep:
 
     def ensure_state(self):
         pass
+
+    def state_bytes(self):
+        tensors = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        return sum(value.numel() * value.element_size() for value in tensors if value.dim() > 0)

@@ -37,14 +37,22 @@ def _is_leaf(module, leaf_paths):
     return isinstance(routed, _CONTAINERS) and len(routed) > 1
 
 
-def plan_model(model, bucket_numel, prefetch_numel, leaf_paths=()):
-    """The units of a model. Parameters count at the first module that owns them; every one belongs to one unit."""
-    c = core()
-    modules, paths, tree, owned, uses = [], [], [], [], []
+class ModuleTree(NamedTuple):
+    """A model as the planner sees it: module k of named_modules() is nodes[k]."""
+    modules: list
+    paths: list
+    nodes: list      # core().PlanModule
+    owned: list      # for each module the (name, parameter) pairs it is the first to register
+    children: list   # indices
+    uses: list
+
+
+def read_tree(model, leaf_paths=()):
+    """The module tree of a model, on the meta device or any other."""
+    modules, paths, nodes, owned, children, uses = [], [], [], [], [], []
     index_of_path, seen = {}, set()
     for path, module in model.named_modules():
-        parent_path = path.rpartition(".")[0]
-        parent = index_of_path[parent_path] if path else -1
+        parent = index_of_path[path.rpartition(".")[0]] if path else -1
         index_of_path[path] = len(modules)
         own = []
         for name, parameter in module._parameters.items():
@@ -56,28 +64,33 @@ def plan_model(model, bucket_numel, prefetch_numel, leaf_paths=()):
             seen.add(id(parameter))
             own.append((f"{path}.{name}" if path else name, parameter))
         uses.extend((module, parameter) for parameter in module.__dict__.get("_ds_external_parameters", ()))
+        if parent >= 0:
+            children[parent].append(len(modules))
         modules.append(module)
         paths.append(path)
         owned.append(own)
-        tree.append(c.PlanModule(parent, sum(p.numel() for _, p in own), container=parent >= 0 and not has_own_forward(module),
-                                 repeated=parent >= 0 and isinstance(modules[parent], _LISTS), leaf=_is_leaf(module, leaf_paths)))
-    budget = c.default_budget(sum(p.numel() for own in owned for _, p in own), bucket_numel, prefetch_numel)
-    children = [[] for _ in modules]
-    for index, node in enumerate(paths):
-        if index:
-            children[index_of_path[node.rpartition(".")[0]]].append(index)
+        children.append([])
+        nodes.append(core().PlanModule(parent, sum(p.numel() for _, p in own), container=parent >= 0 and not has_own_forward(module),
+                                       repeated=parent >= 0 and isinstance(modules[parent], _LISTS), leaf=_is_leaf(module, leaf_paths)))
+    return ModuleTree(modules, paths, nodes, owned, children, uses)
+
+
+def plan_model(model, bucket_numel, prefetch_numel, leaf_paths=()):
+    """The units of a model. Parameters count at the first module that owns them; every one belongs to one unit."""
+    tree = read_tree(model, leaf_paths)
+    budget = core().default_budget(sum(p.numel() for own in tree.owned for _, p in own), bucket_numel, prefetch_numel)
     # A parameter of 0 elements keeps its module out of the plan; it needs no memory either.
     units = []
-    for unit in c.plan_units(tree, budget):
+    for unit in core().plan_units(tree.nodes, budget):
         members = []
         stack = list(reversed(unit.modules))
         while stack:
             index = stack.pop()
-            members.extend(owned[index])
+            members.extend(tree.owned[index])
             if not unit.own_only:
-                stack.extend(reversed(children[index]))
-        first = paths[unit.modules[0]] or type(model).__name__
-        name = first if len(unit.modules) == 1 else f"{first}..{paths[unit.modules[-1]]}"
-        units.append(UnitPlan(name, [n for n, _ in members], [p for _, p in members], [modules[i] for i in unit.hooked],
-                              modules[unit.scope], unit.numel))
-    return ModelPlan(units, uses)
+                stack.extend(reversed(tree.children[index]))
+        first = tree.paths[unit.modules[0]] or type(model).__name__
+        name = first if len(unit.modules) == 1 else f"{first}..{tree.paths[unit.modules[-1]]}"
+        units.append(UnitPlan(name, [n for n, _ in members], [p for _, p in members], [tree.modules[i] for i in unit.hooked],
+                              tree.modules[unit.scope], unit.numel))
+    return ModelPlan(units, tree.uses)

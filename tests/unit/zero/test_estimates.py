@@ -11,7 +11,7 @@ from deepspeed.zero.estimates import ModelSize, model_size
 
 
 @pytest.mark.parametrize("gpus,nodes,offload,host,device", [
-    (1, 1, False, 4000, 16000), (4, 1, False, 16000, 2000 + 3500), (4, 2, False, 16000, 2000 + 1750), (4, 1, True, 16000, 2000),
+    (1, 1, False, 4000, 18000), (4, 1, False, 16000, 2000 + 4000), (4, 2, False, 16000, 2000 + 2000), (4, 1, True, 16000, 2000),
     (2, 4, True, 8000, 2000), (1, 1, True, 16000, 2000),
 ])
 def test_stage2(gpus, nodes, offload, host, device):
@@ -20,7 +20,7 @@ def test_stage2(gpus, nodes, offload, host, device):
 
 
 @pytest.mark.parametrize("gpus,nodes,states,params,zero_init,host,device", [
-    (1, 1, False, False, True, 400, 400 + 16000), (4, 1, False, False, False, 16000, 400 + 4000), (4, 2, False, False, True, 1600, 400 + 2000),
+    (1, 1, False, False, True, 400, 400 + 18000), (4, 1, False, False, False, 16000, 400 + 4500), (4, 2, False, False, True, 1600, 400 + 2250),
     (4, 1, True, False, True, 16000, 400 + 500), (4, 1, True, True, True, 18000, 400), (4, 2, True, True, True, 9000, 400),
     (8, 1, True, True, False, 32000, 400),
 ])

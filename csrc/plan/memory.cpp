@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan/memory.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "base/checked.h"
+#include "base/error.h"
+#include "plan/layout.h"
+#include "plan/reserve.h"
+
+namespace ds::plan {
+namespace {
+
+constexpr int64_t kFloatBytes = 4;
+
+struct FlatSize {
+  FlatLayout layout;
+  int64_t element_bytes = 4;
+  bool trainable = true;
+  int64_t full_bytes() const { return layout.numel() * element_bytes; }
+  int64_t shard_bytes() const { return layout.shard_numel * element_bytes; }
+};
+
+struct UnitSize {
+  std::vector<FlatSize> flats;
+  int64_t numel = 0;
+  bool persistent = false;
+  int first = 0;   // the pre-order positions between which it is in use: [first, last)
+  int last = 0;
+};
+
+// One past the last module of each subtree.
+std::vector<int> subtree_ends(const std::vector<Module>& tree) {
+  std::vector<int> ends(tree.size());
+  for (size_t i = 0; i < tree.size(); ++i) ends[i] = static_cast<int>(i) + 1;
+  for (size_t i = tree.size(); i-- > 1;) ends[tree[i].parent] = std::max(ends[tree[i].parent], ends[i]);
+  return ends;
+}
+
+// Like the store: one flat for each (trainable, type), the trainable ones first, in order of appearance.
+std::vector<FlatSize> flats_of(const std::vector<ParamSize>& params, const Partition& p) {
+  std::map<std::pair<bool, int64_t>, std::vector<int64_t>> groups;
+  for (const ParamSize& param : params) groups[{!param.trainable, param.element_bytes}].push_back(param.numel);
+  std::vector<FlatSize> flats;
+  for (const auto& [key, numels] : groups) flats.push_back({plan_flat(numels, p.ranks, p.align_numel), key.second, !key.first});
+  return flats;
+}
+
+std::vector<UnitSize> size_units(const ModelSizes& model, UnitBudget budget, const Partition& p) {
+  const std::vector<int> ends = subtree_ends(model.tree);
+  std::vector<UnitSize> units;
+  for (const Unit& unit : plan_units(model.tree, budget)) {
+    std::vector<ParamSize> params;
+    for (int module : unit.modules) {
+      const int end = unit.own_only ? module + 1 : ends[module];
+      for (int m = module; m < end; ++m) params.insert(params.end(), model.params[m].begin(), model.params[m].end());
+    }
+    UnitSize size;
+    size.flats = flats_of(params, p);
+    size.numel = unit.numel;
+    size.persistent = unit.numel <= p.persistent_numel;
+    size.first = unit.hooked.front();
+    size.last = ends[unit.hooked.back()];
+    units.push_back(std::move(size));
+  }
+  return units;
+}
+
+// Plays a forward and a backward with the pool's rules, modules running in the order of the tree.
+class GatherReplay {
+ public:
+  GatherReplay(const std::vector<UnitSize>& units, const Partition& p) : units_(units), partition_(p), held_(units.size()) {
+    for (size_t u = 0; u < units.size(); ++u) {
+      if (units[u].persistent) gather(static_cast<int>(u));
+    }
+  }
+
+  int64_t run(int modules) {
+    for (int at = 0; at <= modules; ++at) {
+      visit([&](const UnitSize& u) { return u.last == at; }, /*enters=*/false, /*step=*/1);
+      visit([&](const UnitSize& u) { return u.first == at; }, /*enters=*/true, /*step=*/1);
+    }
+    for (int at = modules; at >= 0; --at) {
+      visit([&](const UnitSize& u) { return u.first == at; }, /*enters=*/false, /*step=*/-1);
+      visit([&](const UnitSize& u) { return u.last == at; }, /*enters=*/true, /*step=*/-1);
+    }
+    return allocated_;
+  }
+
+ private:
+  template <typename Condition>
+  void visit(Condition matches, bool enters, int step) {
+    const int n = static_cast<int>(units_.size());
+    for (int i = 0; i < n; ++i) {
+      const int u = step > 0 ? i : n - 1 - i;
+      if (units_[u].persistent || !matches(units_[u])) continue;
+      if (!enters) {
+        free_unit(u);
+        continue;
+      }
+      gather(u);
+      if (partition_.prefetch) gather_next(u, step);
+    }
+  }
+
+  void gather_next(int unit, int step) {
+    const int n = static_cast<int>(units_.size());
+    for (int u = unit + step; u >= 0 && u < n; u += step) {
+      if (units_[u].persistent) continue;
+      gather(u);
+      return;
+    }
+  }
+
+  void gather(int unit) {
+    if (!held_[unit].empty()) return;
+    for (const FlatSize& flat : units_[unit].flats) {
+      const int64_t bytes = flat.full_bytes();
+      const int found = best_free_buffer(free_, bytes);
+      int64_t buffer = 0;
+      if (found >= 0) {
+        buffer = free_[found];
+        free_.erase(free_.begin() + found);
+      } else {
+        buffer = pool_buffer_bytes(bytes, partition_.on_host);
+        allocated_ += buffer;
+      }
+      held_[unit].push_back(buffer);
+    }
+  }
+
+  void free_unit(int unit) {
+    free_.insert(free_.end(), held_[unit].begin(), held_[unit].end());
+    held_[unit].clear();
+  }
+
+  const std::vector<UnitSize>& units_;
+  const Partition& partition_;
+  std::vector<std::vector<int64_t>> held_;
+  std::vector<int64_t> free_;
+  int64_t allocated_ = 0;
+};
+
+MemoryUse by_kind(const std::vector<UnitSize>& units, const Partition& p, bool sharded, int modules) {
+  MemoryUse use;
+  int64_t largest = 0;
+  for (const UnitSize& unit : units) {
+    for (const FlatSize& flat : unit.flats) {
+      use.parameters += sharded ? flat.shard_bytes() : flat.full_bytes();
+      if (!flat.trainable) continue;
+      const int64_t owned = p.partial_step ? flat.layout.shard_numel : flat.layout.numel();
+      use.gradients += kFloatBytes * owned;
+      if (flat.element_bytes < kFloatBytes) use.master_weights += kFloatBytes * owned;
+      use.optimizer_state += kFloatBytes * p.states * owned;
+      largest = std::max(largest, flat.layout.numel() * (p.reduce_bytes > 0 ? p.reduce_bytes : flat.element_bytes));
+    }
+  }
+  if (largest > 0) use.buckets = bucket_bytes(largest).total;
+  if (sharded) use.gathered_units = GatherReplay(units, p).run(modules);
+  return use;
+}
+
+class TrafficSum {
+ public:
+  explicit TrafficSum(const Partition& p) : partition_(p) {}
+
+  void add(const std::string& phase, int64_t bytes, int64_t times) {
+    if (partition_.ranks == 1) return;
+    add(phase, bytes * times, times, bytes / partition_.ranks * (partition_.ranks - 1) * times);
+  }
+  void add(const std::string& phase, int64_t bytes, int64_t number, int64_t sent) {
+    auto it = std::find_if(rows_.begin(), rows_.end(), [&](const Traffic& t) { return t.phase == phase; });
+    if (it == rows_.end()) it = rows_.insert(rows_.end(), Traffic{phase});
+    it->number += number;
+    it->bytes += bytes;
+    it->sent_bytes += sent;
+  }
+  std::vector<Traffic> rows() { return std::move(rows_); }
+
+ private:
+  const Partition& partition_;
+  std::vector<Traffic> rows_;
+};
+
+std::vector<Traffic> traffic_of(const std::vector<UnitSize>& units, const Partition& p, bool sharded) {
+  TrafficSum sum(p);
+  for (const UnitSize& unit : units) {
+    for (const FlatSize& flat : unit.flats) {
+      if (sharded && !unit.persistent) {
+        sum.add("gather_forward", flat.full_bytes(), p.accumulation);
+        sum.add("gather_backward", flat.full_bytes(), p.accumulation);
+      }
+      if (!flat.trainable) continue;
+      sum.add("reduce", flat.layout.numel() * (p.reduce_bytes > 0 ? p.reduce_bytes : flat.element_bytes), p.accumulation);
+      if (!p.partial_step) sum.add("gather_grads", flat.layout.numel() * kFloatBytes, 1);
+      if (p.partial_step && (!sharded || unit.persistent)) sum.add("gather_updated", flat.full_bytes(), 1);
+      const int64_t slice = flat.layout.shard_numel * kFloatBytes;
+      if (p.replicas > 1) sum.add("reduce_replicas", slice * p.replicas, 1, slice * (p.replicas - 1));
+    }
+  }
+  return sum.rows();
+}
+
+void check(const ModelSizes& model, const Partition& p) {
+  DS_CHECK_VALUE(p.ranks >= 1 && p.replicas >= 1, "estimate: " << p.ranks << " ranks, " << p.replicas << " replicas; at least 1 of each");
+  DS_CHECK_VALUE(p.accumulation >= 1, "estimate: " << p.accumulation << " micro-batches a step; at least 1");
+  DS_CHECK_VALUE(p.partial_step || !p.shard_params, "estimate: parameters are divided only together with the step");
+  DS_CHECK_VALUE(model.tree.size() == model.params.size(),
+                 "estimate: " << model.tree.size() << " modules, but parameters for " << model.params.size());
+  for (size_t m = 0; m < model.tree.size(); ++m) {
+    int64_t numel = 0;
+    for (const ParamSize& param : model.params[m]) {
+      DS_CHECK_VALUE(param.numel >= 0 && param.element_bytes >= 1, "estimate: a parameter of " << param.numel << " elements");
+      numel = checked_add(numel, param.numel);
+    }
+    DS_CHECK_VALUE(numel == model.tree[m].own_numel, "estimate: module " << m << " owns " << model.tree[m].own_numel
+                                                                         << " elements, but its parameters have " << numel);
+  }
+}
+
+}  // namespace
+
+Estimate estimate(const ModelSizes& model, UnitBudget budget, const Partition& partition) {
+  check(model, partition);
+  // One rank owns everything anyway: nothing to free, nothing to gather.
+  const bool sharded = partition.shard_params && partition.ranks > 1;
+  const std::vector<UnitSize> units = size_units(model, budget, partition);
+  Estimate result;
+  result.device = by_kind(units, partition, sharded, static_cast<int>(model.tree.size()));
+  if (partition.offload_states) {
+    for (auto kind : {&MemoryUse::gradients, &MemoryUse::master_weights, &MemoryUse::optimizer_state}) {
+      std::swap(result.device.*kind, result.host.*kind);
+    }
+  }
+  if (partition.offload_params) std::swap(result.device.parameters, result.host.parameters);
+  result.traffic = traffic_of(units, partition, sharded);
+  result.units = static_cast<int64_t>(units.size());
+  for (const UnitSize& unit : units) {
+    result.numel = checked_add(result.numel, unit.numel);
+    result.largest_unit_numel = std::max(result.largest_unit_numel, unit.numel);
+  }
+  return result;
+}
+
+}  // namespace ds::plan

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a picture: for every choice one bar of memory by kind."""
+from deepspeed.planning.plan import KINDS
+from deepspeed.planning.quantities import GIB
+
+_COLOURS = {"parameters": "#4878a8", "gradients": "#e49444", "master_weights": "#85b6b2", "optimizer_state": "#6a9f58",
+            "gathered_units": "#a87c9f", "buckets": "#d1615d", "activations": "#b8b0ac"}
+
+
+def draw(plan, path, memory_bytes=None, title=""):
+    """Writes PNG (or what the ending of `path` says). ModuleNotFoundError says what to install when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a picture needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(10, 0.5 * len(plan.choices) + 1.8), layout="constrained")
+    axes = figure.add_subplot()
+    names = [c.name for c in plan.choices]
+    left = [0.0] * len(names)
+    for kind in (*KINDS, "activations"):
+        widths = [(c.activation_bytes if kind == "activations" else c.device[kind]) / GIB for c in plan.choices]
+        if any(widths):
+            axes.barh(names, widths, left=left, color=_COLOURS[kind], label=kind.replace("_", " "), height=0.7)
+        left = [a + b for a, b in zip(left, widths)]
+    for row, total in enumerate(left):
+        axes.annotate(f"{total:.1f}", (total, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    if memory_bytes:
+        axes.axvline(memory_bytes / GIB, color="black", linestyle="--", linewidth=1)
+        axes.annotate(f"{memory_bytes / GIB:.0f} GiB", (memory_bytes / GIB, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                      textcoords="offset points", fontsize=9)
+    axes.set_xlim(0, 1.1 * max(left + [memory_bytes / GIB if memory_bytes else 0]))
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB a rank")
+    figure.suptitle(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)

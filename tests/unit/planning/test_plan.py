@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's arithmetic against formulas by hand, and its answers to odd requests. Measured memory: tests/parity/test_plan.py."""
+import pytest
+import torch
+from torch import nn
+
+from deepspeed.planning import plan
+from deepspeed.planning.activations import activation_bytes
+from deepspeed.planning.quantities import count, gib, size_bytes
+from deepspeed.planning.shape import decoder, of_model
+
+GIB = 2**30
+BF16 = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": 3}}
+
+
+def choices(*arguments, **more):
+    return {c.name: c for c in plan(*arguments, **more).choices}
+
+
+@pytest.mark.parametrize("params", [125_000_000, 7_000_000_000, 70_000_000_000])
+def test_a_decoder_has_the_size_asked_for(params):
+    shape = decoder(params)
+    assert shape.numel == params == sum(p.numel for own in shape.params for p in own)
+    assert shape.layers > 4 and 16 <= shape.hidden / shape.layers <= 256 and "--layers" in shape.assumed
+
+
+def test_a_shape_that_is_given_is_taken():
+    shape = decoder(6_700_000_000, layers=32, hidden=4096)
+    assert (shape.layers, shape.hidden, shape.assumed) == (32, 4096, "")
+    with pytest.raises(ValueError, match="32 layers of hidden size 8192 alone have .* --layers"):
+        decoder(7_000_000_000, layers=32, hidden=8192)
+
+
+def test_formulas():
+    """bf16 with Adam: 2 bytes of parameter, 4 of gradient, 4 of master weight, 8 of state; padding is less than a thousandth."""
+    psi, ranks = 7e9, 64
+    found = choices(BF16, psi, gpus=ranks)
+    shared = 16 / ranks
+    for name, parameters, rest in (("stage 0", 2, 16), ("stage 1", 2, shared), ("stage 2", 2, shared), ("stage 3", 2 / ranks, shared)):
+        use = found[name].device
+        assert use["parameters"] == pytest.approx(parameters * psi, rel=1e-3)
+        assert use["gradients"] + use["master_weights"] + use["optimizer_state"] == pytest.approx(rest * psi, rel=1e-3)
+    assert found["stage 3"].configured and not found["stage 2"].configured
+    ring = (ranks - 1) / ranks
+    assert found["stage 2"].sent_bytes == pytest.approx(2 * 2 * psi * ring, rel=1e-3)
+    assert found["stage 3"].sent_bytes == pytest.approx(3 * 2 * psi * ring, rel=1e-3)
+
+
+@pytest.mark.parametrize("devices, nodes", [(1, 1), (8, 1), (64, 8)])
+def test_the_estimators_say_the_same(devices, nodes):
+    from deepspeed.zero.estimates import estimate_zero2_model_states_mem_needs, estimate_zero3_model_states_mem_needs
+    psi = 7e9
+    found = choices(BF16, psi, gpus=devices, nodes=nodes)
+
+    def states(name):
+        use = found[name].device
+        return sum(use[kind] for kind in ("parameters", "gradients", "master_weights", "optimizer_state"))
+
+    for name, offload in (("stage 2", False), ("stage 2, optimizer on host", True)):
+        host, device = estimate_zero2_model_states_mem_needs(psi, devices // nodes, nodes, offload, additional_buffer_factor=1)
+        assert states(name) == pytest.approx(device, rel=1e-3)
+        if offload and devices > 1:
+            assert found[name].host_bytes == pytest.approx(16 * psi / nodes, rel=1e-3)
+    for name, offload, params in (("stage 3", False, False), ("stage 3, optimizer on host", True, False),
+                                  ("stage 3, optimizer and parameters on host", True, True)):
+        host, device, _ = estimate_zero3_model_states_mem_needs(psi, 0, devices // nodes, nodes, offload, params,
+                                                                additional_buffer_factor=1)
+        assert states(name) == pytest.approx(device, rel=1e-3)
+        assert found[name].host_bytes == pytest.approx(host if offload else 0, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer, values", [("Adam", 2), ("Lion", 1), ("SGD", 1), ("Adagrad", 1), ("Lamb", 2)])
+def test_optimizer_state(optimizer, values):
+    cfg = {**BF16, "optimizer": {"type": optimizer, "params": {"lr": 1e-4}}}
+    use = choices(cfg, 1e9, gpus=2)["stage 0"].device
+    assert use["optimizer_state"] == values * use["master_weights"]
+
+
+def test_frozen_parameters_and_tied_ones():
+    model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
+    model[2].weight = model[1].weight
+    model[0].requires_grad_(False)
+    shape = of_model(model)
+    assert (shape.numel, shape.trained) == (2_000_000, 1_000_000)
+    use = choices(BF16, model=model, gpus=2)["stage 2"].device
+    assert use["parameters"] == pytest.approx(4e6, rel=1e-2) and use["master_weights"] == pytest.approx(2e6, rel=1e-2)
+
+
+def test_integer_parameters_keep_their_type():
+    model = nn.Linear(100, 100, bias=False)
+    model.table = nn.Parameter(torch.zeros(6400, dtype=torch.int64), requires_grad=False)
+    assert choices(BF16, model=model, gpus=1)["stage 0"].device["parameters"] == pytest.approx(2 * 10_000 + 8 * 6400, rel=1e-2)
+
+
+def test_hybrid_sharding_cuts_over_fewer_ranks():
+    cfg = {**BF16, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    found = choices(cfg, 7e9, gpus=64)
+    assert found["stage 3"].device["optimizer_state"] == pytest.approx(8 * 7e9 / 8, rel=1e-3)
+    assert found["stage 2"].device["optimizer_state"] == pytest.approx(8 * 7e9 / 64, rel=1e-3)
+    assert "reduce_replicas" in {row[0] for row in found["stage 3"].traffic}
+
+
+def test_offload_that_is_not_built_yet_can_be_planned():
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}, "offload_param": {"device": "cpu"}}
+    cfg = {**BF16, "zero_optimization": {"stage": 3, **offload}}
+    [configured] = [c for c in plan(cfg, 7e9, gpus=8).choices if c.configured]
+    assert configured.name == "stage 3, optimizer on disk, parameters on host"
+    assert configured.device["parameters"] == configured.device["optimizer_state"] == 0
+
+
+def test_what_fits():
+    made = plan(BF16, 7e9, gpus=8)
+    assert made.best(80 * GIB).name == "stage 1" and made.best(200 * GIB).sent_bytes == made.best(80 * GIB).sent_bytes
+    assert made.best(24 * GIB).name == "stage 3"
+    assert made.best(8 * GIB).host_bytes > 0
+    assert made.best(8 * GIB, host_memory_bytes=GIB) is None and made.best(GIB) is None
+    stage3 = {c.name: c for c in made.choices}["stage 3"]
+    assert "too much" in stage3.misfit(8 * GIB, 0) and stage3.misfit(80 * GIB, 0) == ""
+
+
+def test_activations():
+    shape = decoder(6_700_000_000, layers=32, hidden=4096)
+    whole = activation_bytes(shape, 2048, 1, 2, recompute=False)
+    assert whole == pytest.approx(32 * 34 * 2048 * 4096 + 2048 * shape.vocabulary * 10)
+    assert activation_bytes(shape, 2048, 1, 2, recompute=True) < whole / 6
+    assert activation_bytes(shape, 2048, 3, 2, recompute=False) == 3 * whole
+    found = choices(BF16, 6.7e9, layers=32, hidden=4096, gpus=8, seq_length=2048)["stage 3"]
+    assert found.activation_bytes == whole and found.device_bytes == sum(found.device.values()) + whole
+    with pytest.raises(ValueError, match="--layers and --hidden"):
+        plan(BF16, model=nn.Linear(2, 2), gpus=1, seq_length=2048)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({}, "--params"), ({"params": 1e9, "model": nn.Linear(2, 2)}, "--params"),
+    ({"params": 1e9, "gpus": 10, "nodes": 3}, "10 GPUs .* 3 nodes"),
+    ({"params": 1e9, "gpus": 0}, "0 GPUs"), ({"model": nn.ReLU()}, "no parameters"),
+])
+def test_wrong_requests(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(BF16, **arguments)
+
+
+def test_a_wrong_configuration_is_refused_as_always():
+    from deepspeed.config import DeepSpeedConfigError
+    with pytest.raises(DeepSpeedConfigError, match="zero_optimization.stage"):
+        plan({**BF16, "zero_optimization": {"stage": 7}}, 1e9, gpus=2)
+
+
+@pytest.mark.parametrize("text, value", [("7e9", 7 * 10**9), ("7B", 7 * 10**9), ("350M", 350 * 10**6), ("1.5k", 1500), (" 12 ", 12)])
+def test_counts(text, value):
+    assert count(text) == value
+
+
+@pytest.mark.parametrize("text, value", [("80GB", 80 * GIB), ("80GiB", 80 * GIB), ("80g", 80 * GIB), ("512MB", 512 << 20),
+                                         ("1.5 TB", 3 << 39), ("7", 7)])
+def test_sizes(text, value):
+    assert size_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "7X", "0", "1e40", "nan", "7e9.5"])
+def test_not_a_number(text):
+    with pytest.raises(ValueError, match="is not a"):
+        count(text)
+
+
+def test_sizes_are_shown_with_three_digits():
+    assert [gib(n) for n in (0, GIB // 100, 2 * GIB, 12.34 * GIB, 123.4 * GIB)] == ["–", "0.01", "2.00", "12.3", "123"]
