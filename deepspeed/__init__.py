@@ -9,9 +9,8 @@ Importing this package imports nothing else, torch included: every name is fetch
 from deepspeed._lazy import attach, names
 
 _MODULES = ("accelerator", "checkpoint", "checkpointing", "comm", "config", "constants", "data", "device", "engine",
-            "git_version_info", "launcher", "module_inject", "monitor", "ops", "parallel", "precision", "profiling",
-            "runtime", "schedules", "telemetry",
-            "utils", "zero")
+            "env_report", "git_version_info", "launcher", "module_inject", "monitor", "ops", "parallel", "planning", "precision",
+            "profiling", "report", "runtime", "schedules", "telemetry", "utils", "zero")
 
 _EXPORTS = {
     **{name: f"deepspeed.{name}" for name in _MODULES},

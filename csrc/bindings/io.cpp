@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <map>
 #include <memory>
 #include <string>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "io/safetensors.h"
+#include "platform/memory.h"
 
 namespace py = pybind11;
 
@@ -70,10 +72,34 @@ void save(const std::string& path, const std::map<std::string, PyTensor>& tensor
   ds::io::write_safetensors(engine(), path, std::move(sources), metadata);
 }
 
+// Writes a pattern to a new file and reads it back; what carried it, and whether it went past the page cache.
+std::pair<std::string, bool> try_files(const std::string& path, const std::string& backend, int64_t bytes) {
+  DS_CHECK_VALUE(backend == "uring" || backend == "threads", "backend must be uring or threads, got '" << backend << "'");
+  ds::io::EngineOptions options;
+  options.backend = backend == "uring" ? ds::io::Backend::Uring : ds::io::Backend::Threads;
+  options.threads = 1;
+  const std::unique_ptr<FileEngine> files = FileEngine::create(options);
+  ds::platform::Buffer out(static_cast<size_t>(bytes)), in(static_cast<size_t>(bytes));
+  auto* pattern = static_cast<unsigned char*>(out.data());
+  for (int64_t i = 0; i < bytes; ++i) pattern[i] = static_cast<unsigned char>(i * 31 + i / 4096);
+  bool direct = false;
+  {
+    const auto file = files->open(path, ds::platform::File::Mode::Create);
+    direct = file->has_direct();
+    files->write(file, 0, out.data(), bytes)->wait();
+  }
+  const auto file = files->open(path, ds::platform::File::Mode::Read);
+  files->read(file, 0, in.data(), bytes)->wait();
+  DS_CHECK(std::memcmp(in.data(), out.data(), static_cast<size_t>(bytes)) == 0, path << ": other bytes came back than were written");
+  return {files->name(), direct};
+}
+
 }  // namespace
 
 void bind_io(py::module_& module) {
   module.def("io_engine_name", [] { return engine().name(); }, "How files are read and written: io_uring or threads.");
+  module.def("try_files", &try_files, py::arg("path"), py::arg("backend"), py::arg("bytes"),
+             "Writes a file by \"uring\" or \"threads\" and reads it back: (engine's name, whether it went past the page cache).");
   py::class_<SafetensorsReader>(module, "SafetensorsReader", "A checked safetensors file; data is read when asked for.")
       .def(py::init([](const std::string& path) { return std::make_unique<SafetensorsReader>(engine(), path); }), py::arg("path"))
       .def_property_readonly("metadata", &SafetensorsReader::metadata)
