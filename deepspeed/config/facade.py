@@ -180,6 +180,6 @@ def load_config(source, world_size=None, *, strict=None, device="cpu", batch_req
         raise TypeError(f"config must be a dict, a path, or base64 text, found {type(source).__name__}")
     world = find_world(mpu, mesh_device) if world_size is None else World(int(world_size), "the argument world_size")
     loaded = reader.load(source, world=reader.World(*world), device=device, strict=strict, batch_required=batch_required,
-                         accept_unbuilt=accept_unbuilt)
+                         **({"accept_unbuilt": True} if accept_unbuilt else {}))
     _report(loaded["remarks"])
     return Config(loaded)
