@@ -99,7 +99,8 @@ class Reporting:
         self.timers.log(_MICRO, memory_breakdown=memory)
         if not boundary:
             return
-        self._update_ms = {phase: self.timers(pair[1]).elapsed(reset=False) for phase, pair in PHASES.items()}
+        self._update_ms = {phase: self.timers(name).elapsed(reset=False) for phase, (_, name) in PHASES.items()
+                           if self.timers.has_timer(name)}
         section = self._config.flops_profiler
         if self.flops_profiler is not None and self.flops_profiler.done and self.global_steps == section.profile_step + 1:
             self.flops_profiler.print_model_profile(profile_step=section.profile_step, module_depth=section.module_depth,
