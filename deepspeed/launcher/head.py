@@ -93,6 +93,7 @@ class Head(Watch):
         self._transports = carriers
         self._carriers: list[Carrier] = []
         self._callers: list[Line] = []  # that have not said yet who they are
+        self._begun = False  # the ranks may have started
         self._checked_at = 0.0
         self._start_clock = 0.0  # 0: it does not run yet
 
@@ -226,6 +227,7 @@ class Head(Watch):
 
     # --- the hosts ---------------------------------------------------------------------------------------------------
     def _go(self) -> None:
+        self._begun = True
         first = self.hosts[0]
         if first.port != self.master_port and self.master_port:
             self.say("warning", f"port {self.master_port} is in use on {first.name}; the processes meet on port {first.port} instead")
@@ -324,10 +326,10 @@ class Head(Watch):
         failures = [failure for host in self.hosts for failure in host.failures]
         if self.signal_received is None and not self._trouble():
             return 0  # an elastic job that has lost hosts and ended well
-        code = tell(failures, self.signal_received, self.say)
-        if code == 0 and self.signal_received is not None and any(host.state is State.STARTING for host in self.hosts):
-            return 128 + self.signal_received  # it never began
-        return code
+        if self.signal_received is not None and not self._begun:
+            self.say("info", f"stopped by {signal.Signals(self.signal_received).name} before the hosts were ready")
+            return 128 + self.signal_received
+        return tell(failures, self.signal_received, self.say)
 
 
 def run_on_hosts(job: Job, args: argparse.Namespace, say: Voice) -> int:

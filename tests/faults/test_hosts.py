@@ -173,6 +173,23 @@ def test_a_host_that_cannot_be_reached_is_named(hosts, tmp_path):
     assert "its launcher did not start: ssh ended with exit code 255" in err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_a_host_does_not_answer(hosts, tmp_path, number):
+    """One is ready and waits; the connection to the other hangs."""
+    (tmp_path / "config").write_text(f"Include {hosts.folder}/ssh_config\nHost {hosts.names[1]}\n"
+                                     f"  ProxyCommand sh -c 'touch {tmp_path}/hanging; exec sleep 100'\n")
+    flags = ["--launcher", "ssh", "--launcher_args", f"-F {tmp_path}/config", "--log_level", "debug"]
+    with HostsJob(hosts, tmp_path, WHO, flags) as job:
+        job.wait_for("hanging")
+        for line in job.process.stderr:
+            if f"host {hosts.names[0]} is ready" in line:
+                break
+        job.process.send_signal(number)
+        code, out, err = job.finish(20)
+        assert code == 128 + number and "I am" not in out and job.survivors(1) == [], err
+        assert f"stopped by {number.name} before the hosts were ready" in err
+
+
 def test_a_program_that_is_not_there(hosts, tmp_path):
     with HostsJob(hosts, tmp_path, WHO, ["--launcher", "ssh", "--no_python", "--no_local_rank", "/no/such/program"]) as job:
         code, _, err = job.finish(20)
