@@ -12,8 +12,7 @@ std::vector<Key> batch_rows() {
       integer("train_micro_batch_size_per_gpu", nullptr, "Samples in one forward and backward on one rank").at_least(1),
       integer("gradient_accumulation_steps", nullptr, "Forward/backward passes in one update; each loss is divided by it")
           .at_least(1),
-      boolean("managed_gradient_accumulation", true, "Whether the engine counts micro-steps; false: every step() updates")
-          .refuse(When::False, "leave it true and use engine.set_gradient_accumulation_boundary() to own the boundary"),
+      boolean("managed_gradient_accumulation", true, "Whether the engine counts micro-steps; false: every step() updates"),
       boolean("dataloader_drop_last", false, "Drop the last, smaller batch of the built-in data loader"),
   };
 }

@@ -20,6 +20,12 @@ class BatchSizes:
         """(train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps)."""
         return self.train_batch_size(), self._micro, self._gas
 
+    def _samples_of_update(self):
+        """Samples since the last update, over all ranks; where the caller owns the boundary, as many micro-batches as there were."""
+        count = self._gas if self._config.managed_gradient_accumulation else max(1, self._backwards)
+        self._backwards = 0
+        return self._micro * count * self._batch_world()
+
     def _batch_world(self):
         cfg = self._config
         return max(1, cfg.train_batch_size // (cfg.train_micro_batch_size_per_gpu * cfg.gradient_accumulation_steps))

@@ -74,7 +74,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
 
     def _start_counters(self):
         cfg = self._config
-        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = self._backwards = 0
         self.losses = None
         self.optimizer = self.basic_optimizer = self.lr_scheduler = None
         self.checkpoint_engine = None
@@ -202,6 +202,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
             raise
         finally:
             self._set_default_scale()
+        self._backwards += 1
         self._refuse_unused()
         if self._watching:
             self._end("backward")
@@ -282,7 +283,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
-        self.global_samples += self.train_batch_size()
+        self.global_samples += self._samples_of_update()
 
     def was_step_applied(self):
         """Whether the last step() updated the parameters."""

@@ -92,7 +92,6 @@ TEST(Rules, OffloadDependsOnTheDevice) {
 
 TEST(Rules, RefusedWhenEnabled) {
   for (const char* text : {
-           "managed_gradient_accumulation: false",
            "sparse_gradients: true",
            "graph_harvesting: true",
            "amp: {enabled: true}",

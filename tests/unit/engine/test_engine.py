@@ -139,6 +139,48 @@ def test_boundary_from_outside(stage):
         assert changed == last
 
 
+def _plain_sums(pieces, gas):
+    """Plain torch: the mean over the ranks of sums of micro-batches, each divided by gas; SGD at every boundary."""
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    micro = 0
+    for numel in pieces:
+        for _ in range(numel):
+            (model(batch(micro)) / gas).backward()
+            micro += 1
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("gas", [1, 2])
+def test_the_caller_owns_the_boundary(stage, gas):
+    """managed_gradient_accumulation false: whatever was accumulated since the last step() is one update."""
+    engine = engine_of(tiny(), config(stage, gradient_accumulation_steps=gas, managed_gradient_accumulation=False, gradient_clipping=0.0,
+                                      optimizer={"type": "SGD", "params": {"lr": 0.1}}))
+    micro = 0
+    for update, numel in enumerate((1, 3, 2), 1):  # 2 samples a micro-batch and rank
+        for _ in range(numel):
+            before = whole(engine.module)
+            engine.backward(engine(batch(micro)))
+            assert_same(whole(engine.module), before)
+            assert engine.is_gradient_accumulation_boundary()
+            micro += 1
+        engine.step()
+        assert engine.global_steps == engine.micro_steps == update and engine.was_step_applied() and engine.global_samples == 4 * micro
+    expected = _plain_sums((1, 3, 2), gas)
+    # Sums of six gradients in another order: a few eps of their size, 1, times the step of 0.1.
+    for name, value in whole(engine.module).items():
+        assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-6), name
+    with pytest.raises(AssertionError, match="every step\\(\\) is a boundary"):
+        engine.set_gradient_accumulation_boundary(is_boundary=True)
+
+
 @on_ranks(2)
 @pytest.mark.parametrize("stage", [0, 3])
 def test_scale_wrt_gas(stage):
