@@ -229,6 +229,7 @@ void bind_reducer(py::module_& m) {
       .def("grad", &GradReducer::grad)
       .def("grad_slice", &GradReducer::grad_slice)
       .def("has_grad", &GradReducer::has_grad)
+      .def("mark_edited", &GradReducer::mark_edited)
       .def("accumulator_bytes", &GradReducer::accumulator_bytes)
       .def("bucket_bytes", &GradReducer::bucket_bytes);
 }

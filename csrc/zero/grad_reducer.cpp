@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "base/checked.h"
 #include "base/error.h"
@@ -291,6 +292,10 @@ void GradReducer::ensure_grads() {
 std::vector<double> GradReducer::reduce_stats() {
   at::NoGradGuard no_grad;
   ensure_grads();
+  for (int f : order_) {
+    FlatState& s = flats_[f];
+    if (std::exchange(s.edited, false)) optim::sum_squares(s.slice, s.stats);
+  }
   if (comm::Transport* replicas = store_.groups().replicate.get()) {
     for (int f : order_) {   // hybrid sharding: the slices of all replicas, added in rank order
       FlatState& s = flats_[f];
@@ -339,7 +344,7 @@ void GradReducer::gather_grads() {
 void GradReducer::zero() {
   std::lock_guard<std::recursive_mutex> lock(mutex_);
   for (FlatState& s : flats_) {
-    s.has_grad = false;
+    s.has_grad = s.edited = false;
     s.carry = at::Tensor();
   }
   bad_ = {};

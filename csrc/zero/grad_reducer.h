@@ -74,6 +74,8 @@ class GradReducer {
   at::Tensor grad(int flat);
   at::Tensor grad_slice(int flat) { return flats_.at(flat).slice; }
   bool has_grad(int flat) const { return flats_.at(flat).has_grad; }
+  // The caller has written into the accumulator: reduce_stats() takes the squared norm of my slice anew. Not collective.
+  void mark_edited(int flat) { flats_.at(flat).edited = true; }
   void ensure_accumulators();
   // Every reduced gradient is ready (or zero) on this rank after this.
   void ensure_grads();
@@ -97,6 +99,7 @@ class GradReducer {
     at::Tensor full, slice;         // fp32
     at::Tensor stats;               // double[2]
     bool has_grad = false;
+    bool edited = false;            // stats no longer belong to slice
     at::Tensor carry;               // fp32 [layout.numel()], defined while something waits
     double carry_scale = 1.0;       // the post_scale that belongs to the carry; the round it joins may have another
   };

@@ -305,6 +305,10 @@ class ShardedOptimizer(ZeROOptimizer):
             return self.managed.transports.shard.size > 1 and self.options.partial_slices
         return self.options.partial_slices
 
+    def gradient_was_set(self, parameter):
+        """The caller has written into the slice of its gradient."""
+        self.managed.reducer.mark_edited(self.managed.store.param_place(home_of(parameter).index)[1])
+
     def slice_of(self, parameter, kind, key=None):
         """This rank's slice of a parameter's "fp32", "grad" or "state" value as a 1-D view; None when there is none on any rank."""
         home = home_of(parameter)

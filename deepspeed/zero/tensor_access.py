@@ -51,6 +51,8 @@ def _set_full(parameter, value, kind, key=None):
         mine.copy_(flat)
     if kind == "fp32":
         optimizer.refresh_parameter(parameter)
+    elif kind == "grad":
+        optimizer.gradient_was_set(parameter)
 
 
 def safe_get_full_fp32_param(param):
@@ -73,6 +75,7 @@ def safe_get_full_grad(param):
 
 
 def safe_set_full_grad(param, value):
+    """Sets the gradient that step() uses; norm, clipping and the check for non-finite values see the new one. Collective."""
     home, optimizer = _optimizer_of(param)
     _set_full(param, value * (optimizer.loss_scale if optimizer is not None else 1.0), "grad")
 
@@ -111,6 +114,8 @@ def _set_local(param, value, kind, key=None):
         mine.copy_(value.detach().reshape(-1))
     if kind == "fp32":
         optimizer.refresh_parameter(param)
+    elif kind == "grad":
+        optimizer.gradient_was_set(param)
 
 
 def safe_set_local_fp32_param(param, value):
@@ -119,6 +124,7 @@ def safe_set_local_fp32_param(param, value):
 
 
 def safe_set_local_grad(param, value):
+    """Sets this rank's slice of the gradient."""
     home, optimizer = _optimizer_of(param)
     _set_local(param, value * (optimizer.loss_scale if optimizer is not None else 1.0), "grad")
 

@@ -70,6 +70,60 @@ def test_setters(stage, bf16):
         safe_set_full_fp32_param(p, torch.zeros(9))
 
 
+def _plain_clipped(change, clip):
+    """Plain torch with the same gradients set: the norm, and the weights after SGD."""
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(batch(0)).backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    change(dict(model.named_parameters()))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return norm.item(), {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _tenfold(params):
+    params["head.weight"].grad *= 10
+    params["layers.1.linear.bias"].grad.zero_()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("local", [False, True])
+def test_clipping_sees_gradients_that_were_set(stage, local):
+    """Against torch's own clipping; the norm of what was reduced before would clip far less."""
+    engine = engine_of(tiny(), config(stage, gradient_clipping=0.25, optimizer={"type": "SGD", "params": {"lr": 0.1}}))
+    engine.backward(engine(batch(0)))
+    params = dict(engine.module.named_parameters())
+    for name, factor in (("head.weight", 10.0), ("layers.1.linear.bias", 0.0)):
+        p = params[name]
+        if local:
+            safe_set_local_grad(p, safe_get_local_grad(p) * factor)
+        else:
+            safe_set_full_grad(p, safe_get_full_grad(p) * factor)
+    engine.step()
+    norm, expected = _plain_clipped(_tenfold, 0.25)
+    assert norm > 0.25 and engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-5)
+    for name, value in whole(engine.module).items():
+        assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_bad_gradient_can_be_repaired_and_made(stage):
+    engine = engine_of(tiny(), config(stage, bf16=BF16))
+    for value, applied in ((0.5, True), (float("nan"), False), (0.5, True)):
+        engine.backward(engine(batch(0).bfloat16()))
+        if not applied or value == 0.5:
+            safe_set_full_grad(engine.module.head.weight, torch.full((1, 9), float("nan")))
+        if applied:
+            safe_set_full_grad(engine.module.head.weight, torch.full((1, 9), value))
+        engine.step()
+        assert engine.was_step_applied() is applied
+
+
 @on_ranks(2)
 @pytest.mark.parametrize("stage", [1, 3])
 def test_local_slices(stage):
