@@ -126,7 +126,8 @@ class RandomLayerTokenDrop(torch.nn.Module):
             return value
         if name == self.mask_name:
             return mask_of_tokens(value, tokens, seq, self.model_type == "decoder", name)
-        return _select(value, tokens, _PER_TOKEN[name]) if name in _PER_TOKEN else value
+        per_token = name in _PER_TOKEN and value.dim() > _PER_TOKEN[name] and value.shape[_PER_TOKEN[name]] == seq
+        return _select(value, tokens, _PER_TOKEN[name]) if per_token else value
 
 
 def convert_to_random_ltd(model: torch.nn.Module, convert_type: type) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine is fed with: data loaders, curricula, and layers that drop tokens."""
 import torch.distributed as dist
+from torch.utils.data import IterableDataset
 
 from deepspeed.telemetry import logger
 
@@ -52,6 +53,9 @@ class DataMethods:
         batch_size = batch_size or self.train_micro_batch_size_per_gpu()
         if route == "train" and data_sampler is None and self.curriculum_learning_enabled():
             from deepspeed.data import DeepSpeedDataSampler
+            if isinstance(dataset, IterableDataset):
+                raise ValueError("data_efficiency.data_sampling.curriculum_learning chooses samples by number; a stream "
+                                 f"({type(dataset).__name__}) has none: use a map-style data set, or the section curriculum_learning")
             sampling = self.data_sampling_config()
             data_sampler = DeepSpeedDataSampler(self._config.data_efficiency, len(dataset), batch_size, rank, self.dp_world_size,
                                                 self.data_parallel_group, self.gradient_accumulation_steps(), self.global_rank,

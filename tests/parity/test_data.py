@@ -198,6 +198,18 @@ def test_curriculum_of_data_efficiency(analysed, workers):
     assert again == batches[5:] and told_again == told[5:]
 
 
+def _stream_refused(folder):
+    class Stream(torch.utils.data.IterableDataset):
+        pass
+
+    with pytest.raises(ValueError, match="a stream"):
+        loading_engine(Stream(), **curriculum_config(folder))
+
+
+def test_a_stream_cannot_follow_a_curriculum(analysed):
+    run(_stream_refused, 2, analysed)
+
+
 def test_curriculum_goes_on_with_three_ranks(analysed):
     """The same samples in the same order, in other micro-batches: 4 a micro-batch on two ranks, 6 on three."""
     straight, _, _ = run(_curriculum, 2, analysed, 0, None, 4)[0]
