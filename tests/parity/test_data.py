@@ -200,7 +200,8 @@ def test_curriculum_of_data_efficiency(analysed, workers):
 
 def _stream_refused(folder):
     class Stream(torch.utils.data.IterableDataset):
-        pass
+        def __iter__(self):
+            return iter(range(8))
 
     with pytest.raises(ValueError, match="a stream"):
         loading_engine(Stream(), **curriculum_config(folder))
