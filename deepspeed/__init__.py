@@ -21,6 +21,9 @@ _EXPORTS = {
     **names("deepspeed.data", "DeepSpeedDataLoader"),
     **names("deepspeed.schedules", "add_tuning_arguments"),
     **names("deepspeed._arguments", "add_config_arguments"),
+    **names("deepspeed.engine.muon", "set_optimizer_flags"),
+    **names("deepspeed._config_keys", "ADAM_OPTIMIZER", "LAMB_OPTIMIZER", "MUON_OPTIMIZER"),
+    **names("deepspeed._compiler", "is_compile_supported"),
     # around it
     **names("deepspeed.comm", "init_distributed"),
     "dist": "deepspeed.comm",

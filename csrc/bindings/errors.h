@@ -15,7 +15,7 @@ inline void translate_errors() {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const ValueError& e) {
-      PyErr_SetString(PyExc_ValueError, e.what());
+      PyErr_SetString(PyExc_ValueError, e.message.c_str());   // for the caller, who has no use for the place in here
     } catch (const platform::FileError& e) {
       if (e.code == 0) {
         PyErr_SetString(PyExc_OSError, e.what());

@@ -132,8 +132,9 @@ void bind_store(py::module_& m) {
            py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"))
       .def("gather", [](PyStore& s, int unit, const std::string& phase) { s.gather(unit, comm::intern(phase)); }, Release())
       .def("release", &PyStore::release, py::arg("unit"), py::arg("part_from_holders") = false, Release())
-      .def("check_shapes", &PyStore::check_shapes, Release())
-      .def("adopt_replaced", &PyStore::adopt_replaced, Release())
+      .def("check_params", &PyStore::check_params, Release())
+      .def("stay_frozen", [](PyStore& s, int param) { s.params().at(param).stays_frozen = true; })
+      .def("adopt_written", &PyStore::adopt_written, Release())
       .def("release_all", &PyStore::release_all, Release())
       .def("pin", &PyStore::pin)
       .def("unpin", &PyStore::unpin)
@@ -218,6 +219,12 @@ void bind_reducer(py::module_& m) {
       .def_property_readonly("in_round", &GradReducer::in_round)
       .def("has_carry", &GradReducer::has_carry)
       .def("flush_carry", &GradReducer::flush_carry, Release())
+      .def("set_comm_dtype",
+           [](GradReducer& r, const py::object& dtype) {
+             const std::optional<at::ScalarType> wanted = dtype.is_none() ? std::nullopt : std::optional(scalar_type(dtype));
+             py::gil_scoped_release release;
+             r.set_comm_dtype(wanted);
+           })
       .def("set_post_scale", &GradReducer::set_post_scale)
       .def("set_refusal", &GradReducer::set_refusal)
       .def("reduce_stats", &GradReducer::reduce_stats, Release())
@@ -225,6 +232,7 @@ void bind_reducer(py::module_& m) {
       .def("zero", &GradReducer::zero, Release())
       .def("find_bad", [](GradReducer& r) { return py::make_tuple(r.find_bad().param, r.find_bad().rank); })
       .def("unused", &GradReducer::unused)
+      .def("frozen", &GradReducer::frozen)
       .def("ensure_grads", &GradReducer::ensure_grads, Release())
       .def("grad", &GradReducer::grad)
       .def("grad_slice", &GradReducer::grad_slice)
@@ -305,7 +313,10 @@ void bind_optimizer(py::module_& m) {
              for (const auto& [begin, numel, group, param] : segments) list.push_back({begin, numel, group, param});
              return o.add_slice(std::move(master), low.value_or(at::Tensor()), std::move(list));
            })
-      .def("step", &SliceOptimizer::step, py::arg("groups"), py::arg("grads"), py::arg("grad_scale"), Release())
+      .def("step", &SliceOptimizer::step, py::arg("groups"), py::arg("grads"), py::arg("grad_scale"),
+           py::arg("frozen") = std::vector<int64_t>(), Release())
+      .def("missed_steps", &SliceOptimizer::missed_steps)
+      .def("set_missed_steps", &SliceOptimizer::set_missed_steps)
       .def("state_names", &SliceOptimizer::state_names)
       .def("states", [](SliceOptimizer& o, int slice) { return o.slices().at(slice).states; })
       .def("set_states",

@@ -2,6 +2,7 @@
 #include "config/batch.h"
 
 #include <limits>
+#include <utility>
 
 namespace ds::config {
 
@@ -81,8 +82,10 @@ class Equation {
   }
 
  private:
-  // The multiples nearest to what was asked for; nothing when the numbers are beyond reason.
+  // The multiples nearest to what was asked for, or, when all three numbers are given, what each would have to be if the others
+  // are meant; nothing when the numbers are beyond reason.
   std::string hint() const {
+    if (train_.origin == "given" && micro_.origin == "given" && accumulation_.origin == "given") return one_too_many();
     int64_t step = world_;
     for (const Term* term : {&micro_, &accumulation_}) {
       if (term->origin == "given" && __builtin_mul_overflow(step, *term->value, &step)) return "";
@@ -91,6 +94,21 @@ class Equation {
     const int64_t below = *train_.value / step * step;
     return "\n     " + std::string(kTrain) + " must be a multiple of " + text(step) + ", e.g. " +
            (below > 0 ? text(below) + " or " : "") + text(below + step);
+  }
+
+  std::string one_too_many() const {
+    std::string result;
+    const auto consider = [&](const char* name, int64_t value) {
+      result += (result.empty() ? "\n     change one of them: " : ", or ") + std::string(name) + " to " + text(value);
+    };
+    int64_t product = 0;
+    if (product_of(product)) consider(kTrain, product);
+    for (const auto& [name, other] : {std::pair(kMicro, &accumulation_), std::pair(kAccumulation, &micro_)}) {
+      int64_t rest = 0;
+      if (__builtin_mul_overflow(*other->value, world_, &rest) || rest <= 0 || *train_.value <= 0 || *train_.value % rest != 0) continue;
+      consider(name, *train_.value / rest);
+    }
+    return result.empty() ? result : result + "; or leave one out, and it is derived";
   }
 
   void default_accumulation() {

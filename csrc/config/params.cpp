@@ -52,7 +52,8 @@ void check_params(const ParamsSchema& schema, const std::string& path, Json& par
     const Key* key = schema.params.find(name);
     if (key == nullptr) {
       if (!passes_unchecked(schema, params, name)) {
-        findings.problem(here, "unknown key; " + suggestion(schema.params, path, name) +
+        const std::string hint = suggestion(schema.params, path, name);
+        findings.problem(here, "unknown key" + (hint.empty() ? "" : "; " + hint) +
                                    (switchable(schema) ? "; torch's own switches pass with \"torch_adam\": true" : ""));
       }
       continue;

@@ -78,19 +78,20 @@ class Resolver {
 
   void unknown(const Key& schema, const std::string& path, const std::string& name) {
     const std::string here = join(path, name);
+    const std::string hint = suggestion(schema, path, name);
     if (path.empty() && !strict_) {
       // Some trainers add names like "zero_optimization.reduce_bucket_size" beside the section.
       const Key* section = schema.find(name.substr(0, name.find('.')));
       if (name.find('.') != std::string::npos && section != nullptr && section->type == Type::Object) {
         dotted_.push_back(in_quotes(name));
       } else if (unknown_.size() < kMaxListed) {
-        unknown_.push_back(in_quotes(name) + " (" + suggestion(schema, path, name) + ")");
+        unknown_.push_back(in_quotes(name) + (hint.empty() ? "" : " (" + hint + ")"));
       } else {
         unknown_.push_back(name);
       }
       return;
     }
-    findings_.problem(here, "unknown key; " + suggestion(schema, path, name));
+    findings_.problem(here, "unknown key" + (hint.empty() ? "" : "; " + hint));
   }
 
   void unused(const Key& key, const std::string& here) {

@@ -20,10 +20,9 @@ std::vector<Key> batch_rows() {
 std::vector<Key> communication_rows() {
   return {
       number("gradient_clipping", 1.0, "Largest allowed global norm of the gradients; 0 turns clipping off").at_least(0),
-      boolean("prescale_gradients", false, "Divide before the reduction; sums are taken in fp32, so nothing changes")
-          .accepted(),
+      boolean("prescale_gradients", false, "Divide gradients by the number of ranks before the reduction, not after"),
       number("gradient_predivide_factor", 1.0, "Part of the division done before the reduction; see prescale_gradients")
-          .above(0).accepted(),
+          .above(0),
       choice("gradient_allreduce_op", "mean", {"mean", "sum"}, "Average the ranks' gradients or add them; sum not with stage 3")
           .ignoring_case(),
       dtype("communication_data_type", nullptr, "Type in which gradients travel; null: that of the gradients"),

@@ -25,7 +25,7 @@ Key bf16_section() {
   return object("bf16", "Training with bfloat16, without loss scaling",
       {boolean("enabled", false, "Weights in bf16 with fp32 master weights and fp32 accumulation"),
        boolean("immediate_grad_update", false, "Gradients are always accumulated as they appear").accepted(),
-       boolean("check_grad_overflow", true, "Skip the update when a gradient is not finite"),
+       boolean("check_grad_overflow", true, "Skip the update when a gradient is not finite; false: make it all the same"),
        boolean("bf16_master_weights_and_grads", false, "Master weights and gradients in bf16 too")
            .refuse(When::True, "remove it: master weights are kept in fp32"),
        boolean("bf16_optimizer_states", false, "Optimizer states in bf16; needs bf16_master_weights_and_grads")
@@ -44,10 +44,12 @@ std::vector<Key> precision_keys() {
               dtype("dtype", nullptr, "Type of autocast; null: bf16"),
               texts("lower_precision_safe_modules",
                     Json::array({"torch.nn.Linear", "torch.nn.Conv1d", "torch.nn.Conv2d", "torch.nn.Conv3d"}),
-                    "Classes whose parameters may travel in the low type")}),
+                    "Gradients of all classes travel in communication_data_type, fp32 by default").accepted()}),
       object("data_types", "Types other than those of the weights",
-             {dtype("grad_accum_dtype", nullptr, "Type gradients are accumulated in; null: fp32 in the shards"),
-              dtype("param_dtype", nullptr, "Must agree with fp16 and bf16"),
+             {dtype("grad_accum_dtype", nullptr, "Gradients are accumulated in fp32, in the shards")
+                  .refuse_value("fp16", "remove it: gradients are accumulated in fp32")
+                  .refuse_value("bf16", "remove it: gradients are accumulated in fp32").accepted(),
+              dtype("param_dtype", nullptr, "Must agree with fp16 and bf16").accepted(),
               dtype("buffer_dtype", nullptr, "Cast module buffers to it; null: leave them"),
               texts("keep_in_fp32_modules", "auto", "Patterns of modules whose buffers stay fp32").or_word("auto")}),
   };

@@ -30,9 +30,10 @@ std::vector<Key> partition_rows() {
           .on_stages("1-3"),
       boolean("use_multi_rank_bucket_allreduce", true, "Buckets always serve all ranks").on_stages("1-2").accepted(),
       boolean("allgather_partitions", true, "Updated parameters are always gathered").on_stages("1-2").accepted(),
-      integer("allgather_bucket_size", 500000000, "Elements in one gather of updated parameters").at_least(0).on_stages("1-2"),
-      boolean("overlap_comm", nullptr, "Reduce while backward goes on; null: true at stage 3, else false").on_stages("1-3"),
-      boolean("compute_grad_norm", true, "Compute the global norm; false needs gradient_clipping 0 and stage 1 or 2")
+      integer("allgather_bucket_size", 500000000, "Updated parameters are gathered unit by unit").at_least(0).on_stages("1-2")
+          .accepted(),
+      boolean("overlap_comm", nullptr, "Reductions always go on during backward").on_stages("1-3").accepted(),
+      boolean("compute_grad_norm", true, "Report the global norm; false needs gradient_clipping 0 and stage 1 or 2")
           .on_stages("1-2"),
       boolean("load_from_fp32_weights", true, "Start master weights from saved fp32 values").on_stages("1-3").accepted(),
       boolean("elastic_checkpoint", false, "Every checkpoint can be loaded by any number of ranks").on_stages("1-2").accepted(),
@@ -55,8 +56,8 @@ std::vector<Key> parameter_rows() {
       both_spellings(integer("param_persistence_threshold", 100000, "Parameters smaller than this stay gathered").at_least(0)),
       both_spellings(integer("model_persistence_threshold", std::numeric_limits<int64_t>::max(),
                              "Most elements that stay gathered").at_least(0)),
-      both_spellings(integer("max_live_parameters", 1000000000, "Most gathered elements at a time").at_least(0)),
-      both_spellings(integer("max_reuse_distance", 1000000000, "Keep what is used again within so many elements").at_least(0)),
+      both_spellings(integer("max_live_parameters", 1000000000, "Units are freed right after their use").at_least(0)).accepted(),
+      both_spellings(integer("max_reuse_distance", 1000000000, "Units are freed right after their use").at_least(0)).accepted(),
       both_spellings(boolean("gather_16bit_weights_on_model_save", false, "Whether save_16bit_model gathers and writes")),
       boolean("stage3_gather_fp16_weights_on_model_save", nullptr, "Old name").on_stages("3")
           .renamed("gather_16bit_weights_on_model_save"),
@@ -65,7 +66,7 @@ std::vector<Key> parameter_rows() {
       both_spellings(boolean("use_all_reduce_for_fetch_params", false, "The primitive is chosen for each backend")).accepted(),
       both_spellings(boolean("allgather_sequential", false, "Gather parameters one at a time")).accepted(),
       boolean("memory_efficient_linear", true, "Linear layers keep no copy of a gathered weight").on_stages("3").accepted(),
-      boolean("override_module_apply", true, "Module.apply sees whole parameters under zero.Init").on_stages("3"),
+      boolean("override_module_apply", true, "Module.apply always sees whole parameters under zero.Init").on_stages("3").accepted(),
       boolean("pipeline_loading_checkpoint", false, "Load rank by rank").on_stages("3").accepted(),
   };
 }

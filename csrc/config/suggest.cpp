@@ -74,7 +74,9 @@ std::string suggestion(const Key& section, const std::string& path, const std::s
     consider(child.name);
     for (const std::string& alias : child.aliases) consider(alias);
   }
-  std::string text = best.empty() ? "" : "nearest known key: " + join(path, best);
+  // A name that has little in common with any known one is no typing error.
+  const bool near = !best.empty() && 2 * best_distance <= std::max(name.size(), best.size());
+  std::string text = near ? "nearest known key: " + join(path, best) : "";
   const auto [begin, end] = index_of_names().equal_range(name);
   size_t listed = 0;
   for (auto it = begin; it != end && listed < 3 && best_distance > 0; ++it, ++listed) {

@@ -16,17 +16,30 @@ namespace {
 
 at::Tensor part(const at::Tensor& t, const Segment& s) { return t.defined() ? t.narrow(0, s.begin, s.numel) : t; }
 
+bool contains(const std::vector<int64_t>& sorted, int64_t value) { return std::binary_search(sorted.begin(), sorted.end(), value); }
+
 // Elementwise kinds do not care where a parameter ends; padding holds zeros and stays zero under each of them.
-std::vector<Segment> merge_runs(const std::vector<Segment>& segments) {
+std::vector<Segment> merge_runs(const std::vector<Segment>& segments, const std::vector<int64_t>& frozen) {
   std::vector<Segment> runs;
+  bool joined = false;   // the last run ends right before this segment
   for (const Segment& s : segments) {
-    if (!runs.empty() && runs.back().group == s.group) {
+    if (contains(frozen, s.param)) {
+      joined = false;
+      continue;
+    }
+    if (joined && runs.back().group == s.group && runs.back().missed == s.missed) {
       runs.back().numel = s.begin + s.numel - runs.back().begin;
     } else {
       runs.push_back(s);
     }
+    joined = true;
   }
   return runs;
+}
+
+Hyper counted_for(Hyper h, const Segment& s) {
+  h.step -= s.missed;
+  return h;
 }
 
 }  // namespace
@@ -61,7 +74,7 @@ int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Seg
   OwnedSlice slice;
   slice.master = std::move(master);
   slice.low = std::move(low);
-  slice.runs = merge_runs(segments);
+  slice.runs = merge_runs(segments, frozen_);
   slice.segments = std::move(segments);
   slices_.push_back(std::move(slice));
   return static_cast<int>(slices_.size()) - 1;
@@ -73,16 +86,51 @@ void SliceOptimizer::ensure_states(OwnedSlice& slice) {
     slice.states.push_back(long_lived_zeros(slice.master.numel(), slice.master.scalar_type(), slice.master.device()));
 }
 
-void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale) {
+// Runs are made anew only when another set of parameters is frozen.
+void SliceOptimizer::pass_over(const std::vector<int64_t>& frozen) {
+  std::vector<int64_t> now = frozen;
+  std::sort(now.begin(), now.end());
+  const bool changed = now != frozen_;
+  frozen_ = std::move(now);
+  for (OwnedSlice& slice : slices_) {
+    if (changed) slice.runs = merge_runs(slice.segments, frozen_);
+    if (frozen_.empty()) continue;
+    for (Segment& s : slice.segments) s.missed += contains(frozen_, s.param);
+  }
+}
+
+std::map<int64_t, int64_t> SliceOptimizer::missed_steps() const {
+  std::map<int64_t, int64_t> result;
+  for (const OwnedSlice& slice : slices_) {
+    for (const Segment& s : slice.segments) {
+      if (s.missed > 0) result[s.param] = s.missed;
+    }
+  }
+  return result;
+}
+
+void SliceOptimizer::set_missed_steps(const std::map<int64_t, int64_t>& missed) {
+  for (OwnedSlice& slice : slices_) {
+    for (Segment& s : slice.segments) {
+      const auto found = missed.find(s.param);
+      s.missed = found == missed.end() ? 0 : found->second;
+    }
+    slice.runs = merge_runs(slice.segments, frozen_);
+  }
+}
+
+void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale,
+                          const std::vector<int64_t>& frozen) {
   DS_CHECK(grads.size() == slices_.size(), "step: " << grads.size() << " gradients for " << slices_.size() << " slices");
   at::NoGradGuard no_grad;
   for (OwnedSlice& slice : slices_) ensure_states(slice);
+  pass_over(frozen);
   if (kind_ == Kind::Lamb) {
     step_lamb(groups, grads, grad_scale);
     return;
   }
   for (size_t i = 0; i < slices_.size(); ++i) {
-    for (const Segment& run : slices_[i].runs) step_run(slices_[i], run, groups.at(run.group), grads[i], grad_scale);
+    for (const Segment& run : slices_[i].runs) step_run(slices_[i], run, counted_for(groups.at(run.group), run), grads[i], grad_scale);
   }
 }
 
@@ -112,7 +160,8 @@ void SliceOptimizer::step_lamb(const std::vector<Hyper>& groups, const std::vect
   for (size_t i = 0; i < slices_.size(); ++i) {
     OwnedSlice& slice = slices_[i];
     for (const Segment& s : slice.segments) {
-      const Hyper& h = groups.at(s.group);
+      if (contains(frozen_, s.param)) continue;
+      const Hyper h = counted_for(groups.at(s.group), s);
       const at::Tensor g = part(grads[i], s);
       lamb_direction({h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, h.bias_correction, h.step, h.eps_inside_sqrt}, grad_scale,
                      part(slice.master, s), g, part(slice.states[0], s), part(slice.states[1], s), g, norms[s.param]);
@@ -124,7 +173,8 @@ void SliceOptimizer::step_lamb(const std::vector<Hyper>& groups, const std::vect
   for (size_t i = 0; i < slices_.size(); ++i) {
     OwnedSlice& slice = slices_[i];
     for (const Segment& s : slice.segments) {
-      const Hyper& h = groups.at(s.group);
+      if (contains(frozen_, s.param)) continue;
+      const Hyper h = counted_for(groups.at(s.group), s);
       const double w = std::sqrt(values[2 * s.param]), u = std::sqrt(values[2 * s.param + 1]);
       const double ratio = w > 0 && u > 0 ? std::clamp(w / u, h.min_coeff, h.max_coeff) : 1.0;
       lamb_apply(static_cast<float>(h.lr * ratio), part(slice.master, s), part(grads[i], s), part(slice.low, s));

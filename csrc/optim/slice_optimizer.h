@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,7 @@ struct Segment {
   int64_t numel = 0;
   int group = 0;
   int64_t param = 0;
+  int64_t missed = 0;   // updates that passed it over: its own number of the update is so much smaller
 };
 
 // What one step works on: the fp32 master values (which may be the parameter's own memory), and where a low-precision
@@ -49,7 +51,12 @@ class SliceOptimizer {
 
   int add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments);
   // One update of every slice from its fp32 gradient times grad_scale. Kinds with two passes overwrite the gradient.
-  void step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
+  // Parameters in `frozen` stay as they are, states and their own count of updates too.
+  void step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale,
+            const std::vector<int64_t>& frozen = {});
+  // {param: updates that passed it over}, where there were any.
+  std::map<int64_t, int64_t> missed_steps() const;
+  void set_missed_steps(const std::map<int64_t, int64_t>& missed);
 
   std::vector<std::string> state_names() const;
   std::vector<OwnedSlice>& slices() { return slices_; }
@@ -59,11 +66,13 @@ class SliceOptimizer {
  private:
   void ensure_states(OwnedSlice& slice);
   void step_run(OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale);
+  void pass_over(const std::vector<int64_t>& frozen);
   void step_lamb(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
 
   Kind kind_;
   int64_t params_;
   NormReducer reduce_norms_;
+  std::vector<int64_t> frozen_;   // of the last step, sorted
   std::vector<OwnedSlice> slices_;
 };
 

@@ -36,7 +36,6 @@ bool kernel_dtype(at::ScalarType t) { return t == at::kFloat || t == at::kHalf |
 }  // namespace
 
 GradReducer::GradReducer(ParamStore& store, ReducerOptions options) : store_(store), options_(std::move(options)) {
-  int64_t largest = 0;
   flats_.resize(store_.flats().size());
   for (size_t i = flats_.size(); i-- > 0;) {   // backward meets the units in reverse
     const Flat& flat = store_.flats()[i];
@@ -46,11 +45,28 @@ GradReducer::GradReducer(ParamStore& store, ReducerOptions options) : store_(sto
                                                            << c10::toString(flat.dtype)
                                                            << "; float32, float16 and bfloat16 can be trained");
     s.trainable = true;
-    s.comm_dtype = options_.comm_dtype.value_or(flat.dtype);
     s.arrived.assign(flat.params.size(), 0);
+    s.awaited.assign(flat.params.size(), 1);
+    s.required.assign(flat.params.size(), 0);
     s.order = static_cast<int>(order_.size());
     order_.push_back(static_cast<int>(i));
-    largest = std::max(largest, flat.layout.numel() * element_bytes(s.comm_dtype));
+  }
+  set_comm_dtype(options_.comm_dtype);
+}
+
+void GradReducer::set_comm_dtype(std::optional<at::ScalarType> dtype) {
+  DS_CHECK_VALUE(!dtype || kernel_dtype(*dtype), "gradients cannot travel as " << c10::toString(*dtype) << "; float32, float16 and bfloat16 can");
+  DS_CHECK(!in_round_, "the type in which gradients travel cannot change during a backward");
+  options_.comm_dtype = dtype;
+  int64_t largest = 0;
+  for (int f : order_) {
+    const Flat& flat = store_.flats()[f];
+    flats_[f].comm_dtype = dtype.value_or(flat.dtype);
+    largest = std::max(largest, flat.layout.numel() * element_bytes(flats_[f].comm_dtype));
+  }
+  if (arena_) {
+    arena_->wait_drained();
+    store_.groups().reduce->barrier(store_.tag("comm_dtype", -1, 0));   // nobody reads the old buckets any more
   }
   if (!order_.empty()) arena_ = std::make_unique<BucketArena>(*store_.groups().reduce, largest);
 }
@@ -80,12 +96,32 @@ void GradReducer::begin_round() {
   unused_.clear();
   next_ = 0;
   round_scale_ = post_scale_;
+  note_required();
   for (int f : order_) {
     FlatState& s = flats_[f];
     std::fill(s.arrived.begin(), s.arrived.end(), 0);
-    s.missing = static_cast<int>(s.arrived.size());
+    for (size_t slot = 0; slot < s.awaited.size(); ++slot) s.awaited[slot] = store_.requires_grad(store_.flats()[f].params[slot]);
+    s.missing = static_cast<int>(std::count(s.awaited.begin(), s.awaited.end(), 1));
     s.issued = s.open = false;
   }
+}
+
+void GradReducer::note_required() {
+  for (int f : order_) {
+    for (size_t slot = 0; slot < flats_[f].required.size(); ++slot) {
+      flats_[f].required[slot] |= store_.requires_grad(store_.flats()[f].params[slot]);
+    }
+  }
+}
+
+std::vector<int> GradReducer::frozen() const {
+  std::vector<int> found;
+  for (int f : order_) {
+    for (size_t slot = 0; slot < flats_[f].required.size(); ++slot) {
+      if (!flats_[f].required[slot]) found.push_back(store_.flats()[f].params[slot]);
+    }
+  }
+  return found;
 }
 
 void GradReducer::on_grad(int param, const at::Tensor& grad) {
@@ -99,6 +135,7 @@ void GradReducer::on_grad(int param, const at::Tensor& grad) {
   if (deferred_) {
     DS_CHECK(refusal_.empty(), refusal_);
     ensure_accumulators();
+    if (!s.required[p.slot]) note_required();
     add_to_carry(p.flat, p.slot, grad);
     return;
   }
@@ -152,7 +189,7 @@ void GradReducer::write_slot(int f, int slot, const at::Tensor& grad) {
     target.copy_(source.mul(options_.pre_scale));
   }
   s.arrived[slot] = 1;
-  --s.missing;
+  if (s.awaited[slot]) --s.missing;   // else the graph is older than requires_grad=False
 }
 
 void GradReducer::add_to_carry(int f, int slot, const at::Tensor& grad) {
@@ -181,13 +218,14 @@ void GradReducer::fill_missing(int f) {
     if (s.arrived[slot]) continue;
     s.bucket.narrow(0, flat.layout.slots[slot].offset, flat.layout.slots[slot].numel).zero_();
     s.arrived[slot] = 1;
-    unused_.push_back(flat.params[slot]);
+    if (s.awaited[slot]) unused_.push_back(flat.params[slot]);
   }
   s.missing = 0;
 }
 
 void GradReducer::issue_ready() {
-  while (next_ < order_.size() && flats_[order_[next_]].open && flats_[order_[next_]].missing == 0) {
+  while (next_ < order_.size() && flats_[order_[next_]].missing == 0) {
+    fill_missing(order_[next_]);   // what requires no gradient now
     issue(order_[next_]);
   }
 }
@@ -275,6 +313,8 @@ void GradReducer::flush_carry() { flush(/*force=*/true); }
 
 void GradReducer::ensure_grads() {
   ensure_accumulators();
+  const bool none = std::none_of(order_.begin(), order_.end(), [this](int f) { return flats_[f].has_grad; });
+  if (none) note_required();   // a step without a backward
   const bool zeroes = std::any_of(order_.begin(), order_.end(), [this](int f) { return !flats_[f].has_grad; });
   if (zeroes && options_.replicate_grads && store_.world() > 1) {
     // Nothing has been reduced since the last step, so nothing says yet that the peers are done reading my slice.
@@ -346,6 +386,7 @@ void GradReducer::zero() {
   for (FlatState& s : flats_) {
     s.has_grad = s.edited = false;
     s.carry = at::Tensor();
+    std::fill(s.required.begin(), s.required.end(), 0);
   }
   bad_ = {};
 }

@@ -54,6 +54,8 @@ class GradReducer {
   bool has_carry() const;
   void flush_carry();
 
+  // Collective, between steps: the type in which gradients travel from now on; none: each flat's own.
+  void set_comm_dtype(std::optional<at::ScalarType> dtype);
   // Factor on the sum over ranks, for rounds begun from now on.
   void set_post_scale(double scale) { post_scale_ = scale; }
   // Why a backward may not start now ("" = it may); thrown from the first hook of the round.
@@ -69,6 +71,9 @@ class GradReducer {
   BadGradient find_bad() const { return bad_; }
   // Parameters (store indices) that got no gradient on this rank in the last round.
   const std::vector<int>& unused() const { return unused_; }
+  // Trained parameters (store indices) that did not require a gradient in any round since zero(): they are not to be stepped.
+  // The same on every rank that sets requires_grad alike. Valid after reduce_stats().
+  std::vector<int> frozen() const;
 
   // The fp32 accumulator of a flat: my slice, or all of it with replicate_grads. Undefined before the first gradient.
   at::Tensor grad(int flat);
@@ -88,6 +93,8 @@ class GradReducer {
     at::ScalarType comm_dtype = at::kFloat;
     int order = -1;                 // place in the static order of issue
     std::vector<uint8_t> arrived;   // per slot, this round
+    std::vector<uint8_t> awaited;   // per slot, this round: the parameter requires a gradient
+    std::vector<uint8_t> required;  // per slot: awaited in some round since zero()
     int missing = 0;
     bool open = false;              // a bucket (region or spill) is being filled
     bool issued = false;            // this round
@@ -105,6 +112,7 @@ class GradReducer {
   };
 
   void begin_round();
+  void note_required();
   void open_bucket(int flat);
   void to_region(int flat);
   void write_slot(int flat, int slot, const at::Tensor& grad);

@@ -38,6 +38,12 @@ at::Tensor slot_view(const at::Tensor& full, int64_t offset, const at::Tensor& l
   return flat.view(like.sizes());
 }
 
+// The fp32 master takes over values somebody has written. Where they still are the rounded master, nobody has, and the master's
+// further digits stay.
+void follow(const at::Tensor& master, const at::Tensor& values) {
+  master.copy_(at::where(master.to(values.scalar_type()).eq(values), master, values.to(at::kFloat)));
+}
+
 std::string changed_shape(const Param& p, const at::Tensor& now) {
   std::ostringstream text;
   text << "parameter '" << p.name << "' was given data of shape " << now.sizes() << ", but its shape is " << at::IntArrayRef(p.sizes)
@@ -166,6 +172,7 @@ void ParamStore::adopt_params(Flat& flat) {
     p.sizes = p.tensor.sizes().vec();
     if (p.tensor.is_non_overlapping_and_dense()) p.strides = p.tensor.strides().vec();
     adopt_param(flat, p);
+    p.version = p.tensor._version();
   }
 }
 
@@ -303,7 +310,8 @@ void ParamStore::broadcast_full(int index, int src) {
   }
 }
 
-void ParamStore::check_shapes() const {
+void ParamStore::check_params() const {
+  const bool training = at::GradMode::is_enabled();
   for (const Param& p : params_) {
     if (p.dropped) continue;
     DS_CHECK(p.tensor.sizes() == at::IntArrayRef(p.sizes), changed_shape(p, p.tensor));
@@ -312,13 +320,41 @@ void ParamStore::check_shapes() const {
                                  << flats_[p.flat].dtype << " on " << device_
                                  << " when the engine was built: the configuration decides the precision (bf16.enabled, fp16.enabled) and the "
                                     "engine the device; undo the conversion of the module");
+    DS_CHECK_VALUE(!(p.stays_frozen && training && p.tensor.requires_grad()),
+                   "parameter '" << p.name << "' requires a gradient now, but was frozen when deepspeed.initialize() laid out what is "
+                                 << "trained, so it would not be updated: let it require a gradient when initialize() is called and freeze "
+                                 << "it afterwards (requires_grad_(False)) until it is to be trained, or build a new engine");
   }
 }
 
-void ParamStore::adopt_replaced() {
+void ParamStore::adopt_written() {
+  at::NoGradGuard no_grad;
   for (size_t u = 0; u < units_.size(); ++u) {
-    if (units_[u].state == UnitState::Gathered && take_replaced(static_cast<int>(u), /*keep=*/true)) copy_back(units_[u]);
+    if (units_[u].state != UnitState::Gathered) continue;
+    take_replaced(static_cast<int>(u), /*keep=*/true);   // writes what it finds, which counts as written in place
+    for (int f : units_[u].flats) {
+      if (!flats_[f].trainable) continue;
+      for (int number : flats_[f].params) {
+        Param& p = params_[number];
+        if (p.dropped || p.tensor._version() == p.version) continue;
+        adopt_values(flats_[f], p);
+        p.version = p.tensor._version();
+      }
+    }
   }
+}
+
+// My shard and my master follow the parameter.
+void ParamStore::adopt_values(Flat& flat, Param& p) {
+  const plan::Slot& slot = flat.layout.slots[p.slot];
+  const plan::Slice mine = plan::slice_of(flat.layout, p.slot, rank());
+  const auto values_of_mine = [&] { return flat.full.narrow(0, rank() * flat.layout.shard_numel + mine.shard_begin, mine.numel); };
+  if (options_.shard_params && mine.numel > 0) flat.shard.narrow(0, mine.shard_begin, mine.numel).copy_(values_of_mine());
+  if (!flat.master.defined() || (options_.full_master ? slot.numel : mine.numel) == 0) return;
+  const at::Tensor values = options_.full_master ? flat.full.narrow(0, slot.offset, slot.numel) : values_of_mine();
+  const at::Tensor master = options_.full_master ? flat.master.narrow(0, slot.offset, slot.numel)
+                                                 : flat.master.narrow(0, mine.shard_begin, mine.numel);
+  follow(master, values);
 }
 
 void ParamStore::copy_back(Unit& unit) {
@@ -328,6 +364,9 @@ void ParamStore::copy_back(Unit& unit) {
     const at::Tensor mine = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
     if (options_.shard_params) flat.shard.copy_(mine);
     if (flat.master.defined()) flat.master.copy_(options_.full_master ? flat.full : mine);
+    for (int number : flat.params) {
+      if (!params_[number].dropped) params_[number].version = params_[number].tensor._version();
+    }
   }
 }
 

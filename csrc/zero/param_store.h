@@ -30,6 +30,8 @@ struct Param {
   int slot = -1;
   std::vector<int64_t> sizes, strides;   // strides: empty when contiguous
   bool dropped = false;   // taken over by another store (the module was wrapped again)
+  bool stays_frozen = false;   // to be trained as its optimizer sees it, but it was frozen when the engine was built
+  uint32_t version = 0;   // of the tensor, when its values were last in step with the shard and the master
 };
 
 enum class UnitState { Sharded, Gathering, Gathered };
@@ -121,10 +123,12 @@ class ParamStore {
   void broadcast_full(int unit, int src);
   // Collective. Copies the full values of a gathered unit into my shard (and master), and tells the peers.
   void write_back(int unit);
-  // Throws, naming the parameter, when somebody has given one data of another shape.
-  void check_shapes() const;
-  // Between reduction and update: what take_replaced finds in gathered units counts. Local.
-  void adopt_replaced();
+  // Throws, naming the parameter, when somebody has given one data of another shape, or trains one that stays_frozen.
+  void check_params() const;
+  bool requires_grad(int param) const { return !params_[param].dropped && params_[param].tensor.requires_grad(); }
+  // Between reduction and update: what take_replaced finds in gathered units counts, and so do values written in place (as
+  // load_state_dict does) since the last update. Local. Writing through `.data` leaves no trace and is not seen.
+  void adopt_written();
   // After my shards changed: makes them visible to the peers, then refreshes every unit that stays gathered.
   void publish_all();
   void refresh_full();
@@ -159,6 +163,7 @@ class ParamStore {
   void adopt_param(Flat& flat, Param& p);
   void bind(Unit& unit, bool available);
   void copy_back(Unit& unit);
+  void adopt_values(Flat& flat, Param& p);
   void part_from_holders(Unit& unit);
   void finish_gather(Unit& unit);
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's read-only questions about its configuration, under the names callers use."""
+import dataclasses
+
 import torch
 import torch.distributed as dist
 
@@ -80,8 +82,27 @@ class ConfigAccessors:
 
     @property
     def communication_data_type(self):
-        """dtype of gradients while they are reduced."""
+        """dtype of gradients while they are reduced. May be set between steps, on all ranks alike; None: that of the parameters."""
         return self._layout.comm_dtype or self._layout.compute_dtype or torch.float32
+
+    @communication_data_type.setter
+    def communication_data_type(self, dtype):
+        if self._managed is not None and self._managed.reducer is not None:
+            self._managed.reducer.set_comm_dtype(dtype)
+        self._layout = dataclasses.replace(self._layout, comm_dtype=dtype)
+
+    @property
+    def enable_backward_allreduce(self):
+        """Whether backward reduces gradients. False: allreduce_gradients() does, or step() at the latest; stages 2 and 3, which never
+        hold whole gradients, reduce as always."""
+        return self._backward_allreduce
+
+    @enable_backward_allreduce.setter
+    def enable_backward_allreduce(self, on):
+        self._backward_allreduce = bool(on)
+        managed = self.__dict__.get("_managed")
+        if managed is not None and managed.reducer is not None and self._layout.defer_in_no_sync:
+            managed.reducer.set_deferred(not on)
 
     # ---- optimizer and scheduler sections
 

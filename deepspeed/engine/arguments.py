@@ -59,6 +59,29 @@ def parameter_groups(model, model_parameters):
     return [{"params": [p for p in items if p.requires_grad]}]
 
 
+def listed_parameters(model, optimizer, from_client, model_parameters):
+    """What the caller means to train, frozen or not: what is in his optimizer, or was given as model_parameters; else all."""
+    if from_client:
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    if model_parameters is None:
+        return list(model.parameters())
+    found = []
+    for item in model_parameters:
+        found += item["params"] if isinstance(item, dict) else [item[1]] if isinstance(item, tuple) else [item]
+    return found
+
+
+def check_dtypes(model, trained, compute_dtype):
+    """Trained parameters become compute_dtype, or keep a dtype that can be stepped."""
+    if compute_dtype is not None:
+        return
+    for name, parameter in model.named_parameters():
+        if id(parameter) in trained and parameter.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"parameter '{name}' is to be trained and is {parameter.dtype}; float32, float16 and bfloat16 can be trained: "
+                             "convert it before initialize() (module.float(), or bf16.enabled, which converts all), or freeze it with "
+                             "requires_grad_(False)")
+
+
 def check_foreign(optimizer, model):
     """Every parameter of the optimizer must be one of the model."""
     own = {id(p) for p in model.parameters()}

@@ -72,9 +72,10 @@ def connect(managed, layout, config, basic, step_number, parameter_offload):
     reducer = lib().GradReducer(managed.store, layout.comm_dtype, layout.pre_scale, not layout.partial_step)
     managed.watch_backward(reducer)
     group_of = {id(p): number for number, group in enumerate(basic.param_groups) for p in group["params"]}
-    on_bad = "scale" if config.fp16.enabled else "skip" if config.bf16.enabled else "raise"
+    in_bf16 = "skip" if config.bf16.check_grad_overflow else "step"
+    on_bad = "scale" if config.fp16.enabled else in_bf16 if config.bf16.enabled else "raise"
     options = StepOptions(scaler=scaler_for(config.fp16), clip=float(config.gradient_clipping), partial_slices=layout.partial_step,
-                          on_bad=on_bad, step_number=step_number, parameter_offload=parameter_offload)
+                          on_bad=on_bad, report_norm=bool(config.zero_optimization.compute_grad_norm), step_number=step_number, parameter_offload=parameter_offload)
     return ShardedOptimizer(managed, basic, group_of, options)
 
 

@@ -85,7 +85,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         self._no_sync_depth = 0
         self._gas = cfg.gradient_accumulation_steps
         self._micro = cfg.train_micro_batch_size_per_gpu
-        self._comm_dtype = None
         self._data_post_process = self._data_schedules = self.training_dataloader = None
         self._scaled = False
         self._joining = None
@@ -95,6 +94,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
     def _build(self, model, optimizer, model_parameters):
         cfg, layout = self._config, self._layout
         self.param_names = {parameter: name for name, parameter in model.named_parameters()}
+        if model_parameters is not None:
+            model_parameters = list(model_parameters)   # read twice
         basic, from_client = optimizers.choose(cfg, model, optimizer, model_parameters)
         stage = cfg.zero_optimization.stage
         if basic is None:
@@ -112,7 +113,9 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         trained = {id(p) for group in basic.param_groups for p in group["params"] if p.requires_grad}
         if not trained:
             raise ValueError("the optimizer has no parameter that requires a gradient")
+        arguments.check_dtypes(model, trained, layout.compute_dtype)
         self._managed = build.manage(model, cfg, layout, self.device, self.data_parallel_group, trained)
+        self._managed.refuse_to_unfreeze(arguments.listed_parameters(model, basic, from_client, model_parameters))
         offload = DeepSpeedZeRoOffload(model, self._managed) if layout.shard_params else None
         counter = _StepNumber(self)
         self.basic_optimizer = basic
@@ -340,6 +343,9 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
 
     buffered_allreduce_fallback = allreduce_gradients
 
+    def clip_fp32_gradients(self):
+        """Nothing is left to do: step() clips to gradient_clipping, by the exact global norm, at every precision."""
+
     def join(self):
         """Context for loops whose ranks have different numbers of batches: a rank that is done keeps taking part with zeros."""
         return Join(self)
@@ -363,6 +369,22 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
     @property
     def is_compiled(self):
         return self._compiled
+
+    def register_compile_pass(self, pass_name, pass_fn, contract=None):
+        raise NotImplementedError(f"register_compile_pass({pass_name!r}): passes over the compiled graph are not built yet; "
+                                  "engine.compile() runs torch.compile without them")
+
+    def get_compile_time(self):
+        """Seconds that passes over the compiled graph have taken, as [(name, position, seconds)]: none run."""
+        return []
+
+    def offload_states(self, include=None, device="cpu", pin_memory=True, non_blocking=False):
+        raise NotImplementedError("offload_states: moving the states of training out of the accelerator is not built yet; destroy() frees "
+                                  "them all, and save_16bit_model() keeps the weights")
+
+    def reload_states(self, non_blocking=False):
+        raise NotImplementedError("reload_states: moving the states of training out of the accelerator is not built yet, so there is "
+                                  "nothing to bring back")
 
     def empty_partition_cache(self):
         """Frees gathered units and the memory kept for gathering."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Muon optimizer of the JSON: matrices take Muon, everything else Adam."""
+from deepspeed._config_keys import MUON_OPTIMIZER
 
 _ADAM_HALF = ("embed", "lm_head")   # by name: not treated as matrices
 _SHARED = ("lr", "muon_lr", "adam_lr", "momentum", "weight_decay", "betas", "eps", "ns_method")
@@ -10,6 +11,12 @@ def tag_parameters(model, params):
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "use_muon"):
             parameter.use_muon = parameter.ndim >= 2 and not any(part in name for part in _ADAM_HALF)
+
+
+def set_optimizer_flags(config_class, model):
+    """What initialize() does for "optimizer": {"type": "Muon"}: marks the parameters Muon takes. Other optimizers need no marks."""
+    if (config_class.optimizer_name or "").lower() == MUON_OPTIMIZER:
+        tag_parameters(model, config_class.optimizer_params)
 
 
 def muon_from_config(params, groups):

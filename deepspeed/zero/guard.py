@@ -8,6 +8,8 @@ import functools
 
 import torch
 
+from deepspeed.zero.tensors import tensors_in
+
 _T = torch.Tensor
 
 
@@ -80,15 +82,6 @@ def _guarded_in(value, found):
     return found
 
 
-def _tensors_in(value, found):
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _tensors_in(item, found)
-    return found
-
-
 def _opened_in_init(freed):
     """Under zero.Init the parameters become whole, and what is written into them counts."""
     from deepspeed.zero.init import open_parameters
@@ -127,7 +120,7 @@ class Guarded:
         out = func(*args, **kwargs)
         if torch.is_grad_enabled():
             for home in units:
-                home.watch(_tensors_in(out, []))
+                home.watch(tensors_in(out))
         return out
 
     def __deepcopy__(self, memo):

@@ -12,7 +12,7 @@ import weakref
 import torch
 
 from deepspeed._native import lib
-from deepspeed.zero.guard import guard_class
+from deepspeed.zero.guard import guard_class, is_guarded
 from deepspeed.zero.status import ZeroParamStatus, ZeroParamType
 from deepspeed.zero.tensors import attributes_with_graph, tensors_in
 
@@ -259,7 +259,7 @@ class ManagedModel:
         self._root = weakref.ref(model)
 
         def before(owner, module, args):
-            owner.store.check_shapes()
+            owner.store.check_params()
             if owner.reducer is not None and torch.is_grad_enabled():
                 owner.hooks.watch_parameters()
             owner.scheduler.begin_forward()
@@ -273,6 +273,15 @@ class ManagedModel:
             owner.borrowed = []
             owner.scheduler.end_forward()
 
+        def saves(owner, module, prefix, keep_vars):
+            if not keep_vars:
+                _refuse_freed(module, "state_dict()", "engine.save_16bit_model(folder) writes the whole weights")
+
+        def loads(owner, module, *rest):
+            _refuse_freed(module, "load_state_dict()", "engine.load_module_state_dict(state) takes whole weights")
+
+        self._handles.append(model.register_state_dict_pre_hook(_Hook(self, saves)))
+        self._handles.append(model.register_load_state_dict_pre_hook(_Hook(self, loads)))
         # In front of all other hooks of the root, and behind them; also when the forward raises.
         self._handles.append(model.register_forward_pre_hook(_Hook(self, before), prepend=True))
         self._handles.append(model.register_forward_hook(_Hook(self, after), with_kwargs=True, always_call=True))
@@ -287,6 +296,13 @@ class ManagedModel:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def refuse_to_unfreeze(self, parameters):
+        """Those that are frozen now have no place among gradients and masters: requiring a gradient later is an error."""
+        for parameter in parameters:
+            home = home_of(parameter)
+            if home is not None and not parameter.requires_grad:
+                self.store.stay_frozen(home.index)
 
     def watch_backward(self, reducer):
         """Connects autograd; `reducer` None: nothing is trained, but backward still needs gathered parameters."""
@@ -320,6 +336,14 @@ class ManagedModel:
                 self.close()
             except Exception:  # the interpreter may be half gone; nothing is lost that still had an owner
                 pass
+
+
+def _refuse_freed(module, call, instead):
+    freed = [name for name, p in module.named_parameters() if is_guarded(p)]
+    if freed:
+        raise RuntimeError(f"{call}: {len(freed)} parameters of the model, the first '{freed[0]}', are sharded by ZeRO-3 and not gathered "
+                           f"on this rank: {instead}; or make the call on all ranks inside "
+                           "`with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=...):`")
 
 
 def _bind_methods(parameter):

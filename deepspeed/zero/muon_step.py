@@ -33,13 +33,17 @@ class MuonStep:
                     self._adam.add_slice(s.master.narrow(0, seg.begin, seg.numel), low, [(0, seg.numel, seg.group, seg.param)])
                     self._adam_parts.append((number, seg))
 
-    def step(self, grads, grad_scale):
+    def step(self, grads, grad_scale, frozen=()):
+        """`frozen`: numbers of the parameters that stay as they are."""
         self.steps += 1
         groups = self.optimizer.param_groups
         hypers = [hyper_of(g, self.steps, "adam", None, self.optimizer.defaults) for g in groups]
-        self._adam.step(hypers, [grads[number].narrow(0, seg.begin, seg.numel) for number, seg in self._adam_parts], grad_scale)
+        self._adam.step(hypers, [grads[number].narrow(0, seg.begin, seg.numel) for number, seg in self._adam_parts], grad_scale,
+                        frozen)
         with torch.no_grad():
             for index, group, parameter in self._matrices:
+                if index in frozen:
+                    continue
                 self._step_matrix(index, groups[group], parameter, grads, grad_scale)
         for number, s in enumerate(self.slices):
             if s.low is not None:
@@ -67,6 +71,14 @@ class MuonStep:
         target.mul_(1 - group["lr"] * group.get("weight_decay", 0.0))
         matrix = in_memory_order(matrix.reshape(parameter.shape), parameter)
         target.add_(matrix[begin:begin + seg.numel].to(target.dtype), alpha=-group["lr"])
+
+    @property
+    def missed_steps(self):
+        return self._adam.missed_steps()
+
+    @missed_steps.setter
+    def missed_steps(self, missed):
+        self._adam.set_missed_steps(missed)
 
     def has_state(self, param, key):
         """Whether the parameter with this number in the store has the state, the same answer on every rank."""

@@ -63,7 +63,7 @@ class ShardedOptimizer(ZeROOptimizer):
             for segment in s.segments:
                 self._where[segment.param] = (number, segment)
         self._swap_params()
-        known = recognise(optimizer) if options.fuse else None
+        known = recognise(optimizer)
         if type(optimizer).__name__ == "MuonWithAuxAdam":
             self.stepper = MuonStep(optimizer, self.slices, managed, group_of, options.partial_slices)
         elif known is not None:
@@ -73,6 +73,7 @@ class ShardedOptimizer(ZeROOptimizer):
         else:
             self.stepper = ClientStep(optimizer, self.slices)
         managed.optimizer = self
+        optimizer.add_param_group = self.add_param_group   # the basic optimizer's own would take what nothing steps
 
     # ---- construction
 
@@ -116,6 +117,13 @@ class ShardedOptimizer(ZeROOptimizer):
         for number, group in enumerate(self.optimizer.param_groups):
             group["params"] = [seg.parameter for s in self.slices for seg in s.segments if seg.group == number]
 
+    @staticmethod
+    def add_param_group(param_group):
+        """Refuses: what an engine trains is laid out once."""
+        raise RuntimeError("add_param_group: deepspeed.initialize() has laid out the parameters the engine trains, and a group added now "
+                           "would never be updated: put all groups into the optimizer before initialize() and freeze those that come later "
+                           "with requires_grad_(False) until they are to be trained, or build a new engine")
+
     # ---- the step
 
     @property
@@ -150,14 +158,14 @@ class ShardedOptimizer(ZeROOptimizer):
         """One update from the gradients reduced so far; skipped, with `overflow` set, when they are not finite."""
         loss = closure() if closure is not None else None
         sum_squares, bad, _ = self._reduced_stats()
-        self.managed.store.adopt_replaced()
-        self.overflow = bool(bad) or not math.isfinite(sum_squares)
+        self.managed.store.adopt_written()
+        self.overflow = self.options.on_bad != "step" and (bool(bad) or not math.isfinite(sum_squares))
         if self.overflow:
             self._skip()
             return loss
         self.skipped_bad = 0
         norm = math.sqrt(sum_squares) / self.loss_scale
-        self._norm = norm
+        self._norm = norm if self.options.report_norm else None
         factor = 1.0 / self.loss_scale
         if self.options.clip > 0 and norm > self.options.clip:
             factor *= self.options.clip / (norm + 1e-6)
@@ -172,7 +180,7 @@ class ShardedOptimizer(ZeROOptimizer):
         read = managed.reducer.grad_slice if self.options.partial_slices else managed.reducer.grad
         if self.stepper.steps == 0:
             trim_heap()  # before the optimizer state takes its place: what building the model and the first graph left behind
-        self.stepper.step([read(s.flat) for s in self.slices], factor)
+        self.stepper.step([read(s.flat) for s in self.slices], factor, managed.reducer.frozen())
         self.optimizer._opt_called = True  # torch's schedulers ask whether step() has run
         managed.reducer.zero()
         if self.options.partial_slices:
@@ -181,7 +189,7 @@ class ShardedOptimizer(ZeROOptimizer):
 
     def _skip(self):
         where = self._first_bad()
-        self._norm = float("inf")
+        self._norm = float("inf") if self.options.report_norm else None
         self.managed.reducer.zero()
         self.skipped_bad += 1
         options = self.options
@@ -267,7 +275,8 @@ class ShardedOptimizer(ZeROOptimizer):
                 entry.update({k: v for k, v in self.optimizer.state.get(segment.parameter, {}).items()})
                 state[name] = entry
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        return {"state": state, "param_groups": groups, "loss_scaler": self.loss_scaler.state_dict(), "steps": self.stepper.steps}
+        return {"state": state, "param_groups": groups, "loss_scaler": self.loss_scaler.state_dict(), "steps": self.stepper.steps,
+                "missed_steps": {self.managed.store.param_name(p): n for p, n in self.stepper.missed_steps.items()}}
 
     def load_state_dict(self, state_dict):
         """Takes over a state_dict() of the same rank, world size and model."""
@@ -296,6 +305,9 @@ class ShardedOptimizer(ZeROOptimizer):
             group.update(saved)
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
         self.stepper.steps = state_dict["steps"]
+        missed = state_dict.get("missed_steps", {})
+        names = {p: self.managed.store.param_name(p) for p in self._where}
+        self.stepper.missed_steps = {p: missed[name] for p, name in names.items() if name in missed}
         self._publish()
 
     # ---- slices by parameter
@@ -357,6 +369,7 @@ class ShardedOptimizer(ZeROOptimizer):
             store.refresh_full()
 
     def destroy(self):
+        self.optimizer.__dict__.pop("add_param_group", None)
         self.slices = []
         self._where = {}
 

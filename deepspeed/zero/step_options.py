@@ -9,8 +9,8 @@ class StepOptions:
     scaler: object                 # precision.loss_scaler
     clip: float                    # largest global gradient norm; 0 does not clip
     partial_slices: bool           # every rank steps its own slices only (stages 1-3)
-    on_bad: str                    # gradients that are not finite: "raise" (fp32), "skip" (bf16) or "scale" (fp16)
+    on_bad: str                    # gradients that are not finite: "raise" (fp32), "skip" (bf16), "scale" (fp16), or "step" all the same
+    report_norm: bool
     step_number: Callable[[], int]
-    fuse: bool = True              # use the fused step where it computes the optimizer exactly
     most_bad_in_a_row: int = 200
     parameter_offload: object = None

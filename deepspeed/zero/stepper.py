@@ -25,7 +25,7 @@ def recognise(optimizer):
         return "adagrad", None
     if kind.__module__.startswith("deepspeed.ops."):
         name = kind.__name__
-        if name in ("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam"):
+        if name in ("FusedAdam", "DeepSpeedCPUAdam"):
             mode = bool(getattr(optimizer, "adam_w_mode", getattr(optimizer, "adamw_mode", True)))
             return _adam(optimizer, lambda g: mode)
         if name in ("FusedLion", "DeepSpeedCPULion"):
@@ -71,26 +71,41 @@ class FusedStep:
             self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments])
         self.steps = 0
         self._step_tensor = torch.zeros(())
+        self._own_counts = False   # whether some parameter has missed an update
         self.state_names = self.native.state_names()
 
-    def step(self, grads, grad_scale):
+    def step(self, grads, grad_scale, frozen=()):
+        """`frozen`: numbers of the parameters that stay as they are."""
         self.steps += 1
         hypers = [hyper_of(g, self.steps, self.kind, self._decoupled_of, self.optimizer.defaults) for g in self.optimizer.param_groups]
-        self.native.step(hypers, grads, grad_scale)
+        self.native.step(hypers, grads, grad_scale, frozen)
         self._step_tensor.fill_(self.steps)
-        if self.steps == 1:
+        if self.steps == 1 or frozen or self._own_counts:
             self.show_state()
+
+    @property
+    def missed_steps(self):
+        """{parameter: updates that passed it over}: its own count of updates is so much smaller than `steps`."""
+        return self.native.missed_steps()
+
+    @missed_steps.setter
+    def missed_steps(self, missed):
+        self.native.set_missed_steps(missed)
+        self._own_counts = bool(missed)
 
     def show_state(self):
         """optimizer.state[p] as torch keeps it, as views of the state in C++."""
         names = self.state_names
         if self.kind == "adagrad" and type(self.optimizer) is torch.optim.Adagrad:
             names = ["sum"]
+        missed = self.missed_steps
+        self._own_counts = bool(missed)
         for index, s in enumerate(self.slices):
             states = self.native.states(index)
             for segment in s.segments:
                 entry = self.optimizer.state[segment.parameter]
-                entry["step"] = self._step_tensor
+                late = missed.get(segment.param, 0)
+                entry["step"] = self._step_tensor - late if late else self._step_tensor
                 for name, state in zip(names, states):
                     entry[name] = state.narrow(0, segment.begin, segment.numel)
 
@@ -119,12 +134,17 @@ class ClientStep:
         self.optimizer, self.slices = optimizer, slices
         self.steps = 0
 
-    def step(self, grads, grad_scale):
+    missed_steps = {}   # the optimizer itself counts each parameter's updates
+
+    def step(self, grads, grad_scale, frozen=()):
         self.steps += 1
+        frozen = set(frozen)
         for s, grad in zip(self.slices, grads):
             if grad_scale != 1.0:
                 grad.mul_(grad_scale)
             for segment in s.segments:
+                if segment.param in frozen:
+                    continue
                 segment.parameter.grad = torch.as_strided(
                     grad, segment.parameter.shape, segment.parameter.stride(), grad.storage_offset() + segment.begin)
         self.optimizer.step()

@@ -141,8 +141,18 @@ def safe_update_full_grad_vectorized(param_list, update_func):
             safe_set_full_grad(param, update_func(grad, param))
 
 
-# The names of the low-level accessors that older callers use.
-get_full_hp_param = safe_get_full_fp32_param
+# The low-level accessors that older callers use.
 get_full_hp_grad = safe_get_full_grad
-set_full_hp_param = safe_set_full_fp32_param
 set_full_hp_grad = safe_set_full_grad
+
+
+def get_full_hp_param(param, optim_state_key=None):
+    """The fp32 master value, or the optimizer state of this name."""
+    return safe_get_full_fp32_param(param) if optim_state_key is None else safe_get_full_optimizer_state(param, optim_state_key)
+
+
+def set_full_hp_param(param, value, optim_state_key=None):
+    if optim_state_key is None:
+        safe_set_full_fp32_param(param, value)
+    else:
+        safe_set_full_optimizer_state(param, value, optim_state_key)

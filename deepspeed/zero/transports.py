@@ -2,7 +2,6 @@
 """The groups of ranks a model is cut over, as transports."""
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from deepspeed import _environment
@@ -54,7 +53,3 @@ def _second(transport, ranks, device, partitions=None):
     if not transport.needs_matching_order or transport.size == 1:
         return transport
     return _mine(partitions or [ranks], dist.get_rank(), device)[1]
-
-
-def device_for(accelerator_name, local_rank):
-    return torch.device("cpu") if accelerator_name == "cpu" else torch.device(accelerator_name, local_rank)

@@ -127,6 +127,23 @@ def test_things_that_are_no_optimizer():
 
 
 @on_ranks(2)
+def test_a_param_group_that_comes_too_late():
+    engine = engine_of(tiny(), config(2))
+    for optimizer in (engine.optimizer, engine.basic_optimizer):
+        with pytest.raises(RuntimeError, match="would never be updated: put all groups into the optimizer before"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    train(engine, 1)
+
+
+@on_ranks(2)
+def test_float64_is_not_trained():
+    model = tiny()
+    model.head.double()
+    with pytest.raises(ValueError, match=r"^parameter 'head.weight' is to be trained and is torch.float64; .*module.float\(\).*freeze it"):
+        engine_of(model, config(1))
+
+
+@on_ranks(2)
 def test_a_model_without_values():
     with torch.device("meta"):
         model = nn.Linear(3, 3)

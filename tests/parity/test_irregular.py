@@ -262,3 +262,123 @@ def test_the_state_of_a_client_optimizer_is_loaded_whole():
     assert all(torch.equal(got[name], want[name]) for name in want)
     first.destroy()
     other.destroy()
+
+
+# ------------------------------------------------------------------------------------------- freezing and unfreezing while training
+
+PHASES = [{"first"}, set(), {"linear"}, {"first", "linear"}, set(), {"first"}, set()]   # what is frozen, step by step
+
+
+def freeze(model, names):
+    for name, child in model.named_children():
+        child.requires_grad_(name not in names)
+
+
+def check_freezing(stage, optimizer, params, precision="fp32"):
+    from tests.parity.tiny import assert_same
+    kind = getattr(torch.optim, optimizer)
+    batches = [torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(step)) for step in range(len(PHASES))]
+    torch.manual_seed(0)
+    plain = Net()
+    torch.manual_seed(0)
+    cfg = config(stage, optimizer=None, zero_allow_untested_optimizer=True, precision=precision)
+    engine = start(Net(), cfg | {"optimizer": {"type": optimizer, "params": params}})
+    stepper = kind(plain.parameters(), **params)
+    for names, x in zip(PHASES, batches):
+        freeze(plain, names)
+        freeze(engine.module, names)
+        before = full_parameters(engine.module)
+        engine.backward(engine(x.to(engine.get_data_types()[0])))
+        engine.step()
+        after = full_parameters(engine.module)
+        frozen = [name for name in before if name.split(".")[0] in names]
+        assert_same({name: after[name] for name in frozen}, {name: before[name] for name in frozen})
+        if precision == "fp32":
+            stepper.zero_grad()
+            plain(x).backward()
+            stepper.step()
+    if precision == "fp32":
+        for name, value in plain.named_parameters():
+            torch.testing.assert_close(after[name], value.detach(), msg=lambda text: f"{name}: {text}", rtol=1e-5, atol=1e-6)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_freezing_and_unfreezing_is_that_of_torch(stage):
+    """Momentum, decay and each parameter's own count of updates rest while it is frozen."""
+    run(check_freezing, 2, stage, "AdamW", {"lr": 0.01, "weight_decay": 0.1})
+
+
+@pytest.mark.parametrize("optimizer, params", [("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.1}), ("RAdam", {"lr": 0.01})])
+def test_freezing_with_other_optimizers(optimizer, params):
+    run(check_freezing, 2, 2, optimizer, params)
+
+
+@pytest.mark.parametrize("optimizer", ["Lamb", "Muon"])
+def test_what_is_frozen_keeps_its_bits(optimizer):
+    run(check_frozen_bits, 2, optimizer)
+
+
+def check_frozen_bits(optimizer):
+    torch.manual_seed(0)
+    engine = start(Net(), config(3, precision="bf16") | {"optimizer": {"type": optimizer, "params": {"lr": 0.01, "weight_decay": 0.1}}})
+    for names in [set(), {"linear"}, {"first"}]:
+        freeze(engine.module, names)
+        before = full_parameters(engine.module)
+        engine.backward(engine(torch.randn(2, WIDTH, dtype=torch.bfloat16)))
+        engine.step()
+        for name, value in full_parameters(engine.module).items():
+            assert torch.equal(value, before[name]) == (name.split(".")[0] in names), name
+    engine.destroy()
+
+
+@on_ranks(2)
+def test_missed_updates_are_part_of_the_optimizer_state():
+    runs = []
+    for reload in (False, True):
+        torch.manual_seed(0)
+        engine = start(Net(), config(1, lr=0.01))
+        for step, names in enumerate(PHASES):
+            if reload and step == 4:
+                state = engine.optimizer.state_dict()
+                saved = io.BytesIO()
+                torch.save(state, saved)
+                saved.seek(0)
+                values = full_parameters(engine.module)
+                engine.destroy()
+                engine = start(Net(), config(1, lr=0.01))
+                engine.optimizer.load_state_dict(torch.load(saved, weights_only=False))
+                assert all(torch.equal(value, values[name]) for name, value in full_parameters(engine.module).items())
+            freeze(engine.module, names)
+            engine.backward(engine(torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(step))))
+            engine.step()
+        runs.append(full_parameters(engine.module))
+        engine.destroy()
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_was_frozen_from_the_start_cannot_be_trained_later(stage):
+    model = Net()
+    model.linear.requires_grad_(False)
+    cfg = config(stage)
+    engine = start(model, cfg, model_parameters=model.parameters())
+    engine.backward(engine(torch.ones(2, WIDTH)))
+    engine.step()
+    model.linear.requires_grad_(True)
+    with torch.no_grad():
+        engine(torch.ones(2, WIDTH))
+    with pytest.raises(ValueError, match="'linear.weight' requires a gradient now, but was frozen.*freeze it afterwards"):
+        engine(torch.ones(2, WIDTH))
+    model.linear.requires_grad_(False)
+    engine.backward(engine(torch.ones(2, WIDTH)))
+    engine.destroy()
+    # What the caller keeps out of the optimizer is his own business, as in torch.
+    model = Net()
+    model.linear.requires_grad_(False)
+    engine = start(model, cfg, model_parameters=[p for p in model.parameters() if p.requires_grad])
+    model.linear.requires_grad_(True)
+    engine.backward(engine(torch.ones(2, WIDTH)))
+    assert model.linear.bias.grad is not None
+    engine.destroy()

@@ -137,6 +137,39 @@ def test_fp32_raises_and_bf16_skips_where_gradients_are_not_finite():
 
 
 @on_ranks(2)
+def test_bf16_may_step_without_looking():
+    cfg = config(1, precision="bf16", zero={"compute_grad_norm": False})
+    torch.manual_seed(3)
+    engine = start(Exploding(), cfg | {"bf16": {"enabled": True, "check_grad_overflow": False}})
+    micro_batch(engine, "bf16", True)
+    assert engine.was_step_applied() and engine.skipped_steps == 0 and engine.get_global_grad_norm() is None
+    assert not all(value.isfinite().all() for value in full_parameters(engine.module).values())
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_values_written_into_the_module_reach_the_masters(stage):
+    """load_state_dict and other writing in place counts; where nothing changed, the masters keep what bf16 rounds."""
+    engine = exploding_engine(stage, "bf16")
+    engine.basic_optimizer.param_groups[0].update(lr=1e-6, weight_decay=0.0)
+    micro_batch(engine, "bf16", False)
+    engine.module.load_state_dict({name: torch.full_like(value, 0.5) for name, value in engine.module.state_dict().items()})
+    with torch.no_grad():
+        engine.module.last.bias.fill_(7.0)
+    micro_batch(engine, "bf16", False)
+    now = full_parameters(engine.module)
+    for name, value in now.items():
+        assert (value - (7.0 if name == "last.bias" else 0.5)).abs().max() < 1e-4, name
+    assert (now["bad.weight"] != 0.5).any()   # fp32: bf16 cannot hold so small a step
+    engine.basic_optimizer.param_groups[0]["lr"] = 0.0
+    with torch.no_grad():
+        engine.module.bad.weight.clamp_(-10, 10)
+    micro_batch(engine, "bf16", False)
+    assert torch.equal(full_parameters(engine.module)["bad.weight"], now["bad.weight"])
+    engine.destroy()
+
+
+@on_ranks(2)
 def test_fp16_needs_its_scale_in_a_plain_backward():
     for stage in (1, 3):
         engine = exploding_engine(stage, "fp16", initial_scale_power=8)

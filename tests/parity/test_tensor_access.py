@@ -46,6 +46,22 @@ def test_getters_say_the_same_at_every_stage(bf16):
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_older_accessors(stage):
+    from deepspeed.utils import get_full_hp_grad, get_full_hp_param, set_full_hp_grad, set_full_hp_param
+    engine = engine_of(tiny(), config(stage, bf16=BF16))
+    train(engine, 1)
+    p = engine.module.head.weight
+    engine.backward(engine(batch(2).bfloat16()))
+    assert torch.equal(get_full_hp_param(p), safe_get_full_fp32_param(p)) and torch.equal(get_full_hp_grad(p), safe_get_full_grad(p))
+    assert torch.equal(get_full_hp_param(p, "exp_avg"), safe_get_full_optimizer_state(p, "exp_avg"))
+    for number, (get, set_, key) in enumerate([(get_full_hp_param, set_full_hp_param, ()), (get_full_hp_grad, set_full_hp_grad, ()),
+                                               (get_full_hp_param, set_full_hp_param, ("exp_avg",))]):
+        set_(p, torch.full((1, 9), 1.0 + number), *key)
+        assert (get(p, *key) == 1.0 + number).all()
+
+
+@on_ranks(2)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_setters(stage, bf16):
@@ -184,8 +200,10 @@ def test_state_dict_is_real_or_refuses(stage):
     expected = plain_state(tiny())
     if stage == 3:
         for ask in (engine.module.state_dict, engine.state_dict, engine.module_state_dict):
-            with pytest.raises(RuntimeError, match="GatheredParameters|_zero3_consolidated_16bit_state_dict"):
+            with pytest.raises(RuntimeError, match=r"^state_dict\(\): 18 parameters.*save_16bit_model.*GatheredParameters"):
                 ask()
+        with pytest.raises(RuntimeError, match=r"^load_state_dict\(\): 18 parameters.*load_module_state_dict"):
+            engine.module.load_state_dict(expected)
         with deepspeed.zero.GatheredParameters(engine.module.parameters()):
             assert_same(plain_state(engine.module), expected)
     else:

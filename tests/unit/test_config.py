@@ -8,6 +8,7 @@ import logging
 import pathlib
 import pickle
 import random
+import re
 import subprocess
 import sys
 
@@ -168,6 +169,32 @@ class TestFacade:
         assert config.gradient_clipping == 1.0 and config.zero_optimization.reduce_bucket_size == 500_000_000
 
 
+def readers():
+    """Words of the library's code, but for what only describes configurations or hands their values on to a caller."""
+    words = set()
+    described = ("csrc/config/", "deepspeed/config/", "deepspeed/engine/accessors.py", "deepspeed/_config_keys.py")
+    for folder, kinds in (("deepspeed", ("py",)), ("csrc", ("cpp", "h"))):
+        for kind in kinds:
+            for path in (ROOT / folder).rglob(f"*.{kind}"):
+                if not str(path.relative_to(ROOT)).startswith(described):
+                    words.update(re.findall(r"[A-Za-z_0-9]+", path.read_text(encoding="utf-8")))
+    return words
+
+
+# Read where configurations are resolved (csrc/config), or by deepspeed/config for everybody.
+RESOLVED = {"strict", "train_batch_size", "sequence_parallel_size", "data_parallel_size"}
+
+
+def test_a_key_that_is_implemented_has_a_reader():
+    """What no code reads changes nothing: its row in the schema must say accepted."""
+    rows = re.findall(r"^\| (`[^|]*`) \|.*\| (implemented|refused: [^|]*) \|", documentation(), re.MULTILINE)
+    found = readers()
+    implemented = [re.findall("`([^`]+)`", names) for names, status in rows if status == "implemented"]
+    assert len(implemented) > 60
+    unread = [names[0] for names in implemented if not found.intersection(names) and not RESOLVED.intersection(names)]
+    assert not unread
+
+
 class TestMessages:
     def test_remarks_are_logged_once(self, remarks):
         for _ in range(3):
@@ -190,6 +217,11 @@ class TestMessages:
             load(offload, device="cuda")
         with pytest.raises(ValueError, match="device must be"):
             load(device="tpu")
+
+    def test_gradients_are_accumulated_in_fp32(self):
+        load({"data_types": {"grad_accum_dtype": "float32"}})
+        with pytest.raises(DeepSpeedConfigError, match="data_types.grad_accum_dtype.*accumulated in fp32"):
+            load({"data_types": {"grad_accum_dtype": "bfloat16"}})
 
     def test_batch_not_required(self):
         assert load_config({"zero_optimization": {"stage": 3}}, world_size=2, batch_required=False).train_batch_size is None

@@ -99,5 +99,13 @@ TEST(Batch, NotRequired) {
   EXPECT_EQ(config.batch.accumulation, 1);
 }
 
+// All three given: what each would have to be, not the value that was found.
+TEST(Batch, NamesTheOneToChange) {
+  EXPECT_HAS(refusal("{train_batch_size: 16, train_micro_batch_size_per_gpu: 2, gradient_accumulation_steps: 2}", ranks(2)),
+             "change one of them: train_batch_size to 8, or train_micro_batch_size_per_gpu to 4, or gradient_accumulation_steps to 4");
+  EXPECT_HAS(refusal("{train_batch_size: 15, train_micro_batch_size_per_gpu: 2, gradient_accumulation_steps: 2}", ranks(2)),
+             "change one of them: train_batch_size to 8; or leave one out");
+}
+
 }  // namespace
 }  // namespace ds::config

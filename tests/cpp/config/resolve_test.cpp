@@ -141,7 +141,7 @@ TEST(Resolve, ChoicesAndTypes) {
 TEST(Resolve, UnknownKeys) {
   EXPECT_HAS(refusal(with_batch("zero_optimization: {stagee: 1}")),
              "zero_optimization.stagee: unknown key; nearest known key: zero_optimization.stage");
-  EXPECT_HAS(refusal(with_batch("bf16: {loss_scale: 1}")), "known elsewhere as fp16.loss_scale");
+  EXPECT_HAS(refusal(with_batch("bf16: {loss_scale: 1}")), "bf16.loss_scale: unknown key; known elsewhere as fp16.loss_scale");
   EXPECT_HAS(refusal(with_batch("activation_checkpointing: {partitioned_activations: true}")),
              "activation_checkpointing.partition_activations");
   const Config config = loaded(with_batch("zero_optimisation: {stage: 3}, xyz: 1"));

@@ -73,6 +73,59 @@ def test_attributes():
 
 
 @on_ranks(2)
+def test_what_is_not_built_says_so():
+    engine = engine_of(tiny(), config(1))
+    for call in (engine.offload_states, engine.reload_states, lambda: engine.register_compile_pass("mine", print)):
+        with pytest.raises(NotImplementedError, match="not built yet"):
+            call()
+    assert engine.get_compile_time() == [] and engine.clip_fp32_gradients() is None
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_communication_data_type_may_be_set(stage):
+    engine, narrow = engine_of(tiny(), config(stage)), engine_of(tiny(), config(stage, communication_data_type="bf16"))
+    train(engine, 1)
+    after_one = whole(engine.module)
+    engine.communication_data_type = torch.bfloat16
+    assert engine.communication_data_type is torch.bfloat16
+    train(engine, 1, first=1)
+    with pytest.raises(ValueError, match="cannot travel as Double"):
+        engine.communication_data_type = torch.float64
+    narrow.communication_data_type = torch.float32   # wider buckets than it was built with
+    train(narrow, 1)
+    assert_same(whole(narrow.module), after_one)
+    narrow.communication_data_type = torch.bfloat16
+    train(narrow, 1, first=1)
+    assert_same(whole(narrow.module), whole(engine.module))
+    plain = engine_of(tiny(), config(stage))
+    train(plain, 2)
+    assert not torch.equal(whole(plain.module)["head.weight"], whole(narrow.module)["head.weight"])
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_backward_without_allreduce(stage):
+    """Gradients wait, whole, for allreduce_gradients() or step()."""
+    engine, other = engine_of(tiny(), config(stage)), engine_of(tiny(), config(stage))
+    engine.enable_backward_allreduce = False
+    for step in range(2):
+        engine.backward(engine(batch(step)))
+        assert engine._managed.reducer.has_carry()
+        with engine.no_sync():
+            pass
+        if step == 0:
+            engine.allreduce_gradients()
+            assert not engine._managed.reducer.has_carry()
+        engine.step()
+    train(other, 2)
+    assert_same(whole(engine.module), whole(other.module))
+    engine.enable_backward_allreduce = True
+    engine.backward(engine(batch(2)))
+    assert not engine._managed.reducer.has_carry()
+
+
+@on_ranks(2)
 def test_batch_sizes_change():
     engine = engine_of(tiny(), config(1))
     engine.set_train_batch_size(12)

@@ -100,3 +100,15 @@ def test_state_dict_round_trip():
     q.grad, c.grad = p.grad.clone(), b.grad.clone()
     first.step(), second.step()
     assert torch.equal(p.detach(), q.detach()) and torch.equal(b.detach(), c.detach())
+
+
+def test_set_optimizer_flags_marks_what_muon_takes():
+    import deepspeed
+    for kind, marked in (("Muon", True), ("AdamW", None)):
+        model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 4), "linear": torch.nn.Linear(4, 4)})
+        config = deepspeed.DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": kind, "params": {"lr": 0.1}}})
+        deepspeed.set_optimizer_flags(config, model)
+        flags = [getattr(p, "use_muon", None) for p in (model["linear"].weight, model["linear"].bias, model["embed"].weight)]
+        assert flags == ([True, False, False] if marked else [None, None, None])
+    assert (deepspeed.MUON_OPTIMIZER, deepspeed.ADAM_OPTIMIZER, deepspeed.LAMB_OPTIMIZER) == ("muon", "adam", "lamb")
+    assert deepspeed.is_compile_supported()

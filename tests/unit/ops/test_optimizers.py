@@ -244,6 +244,13 @@ def test_threads_change_no_bit():
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
+@pytest.mark.parametrize("name", ["ZenFlowCPUAdam", "ZenFlowSelectiveAdamW", "ZenFlowSelectiveAdamW_stage3"])
+def test_zenflow_says_that_it_is_not_built(name):
+    from deepspeed.ops import adam
+    with pytest.raises(NotImplementedError, match=f"{name} is not built yet"):
+        getattr(adam, name)([torch.nn.Parameter(torch.ones(4))], lr=1e-3)
+
+
 def test_bad_input_is_named():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
     p.grad = torch.ones(4, dtype=torch.float64)
