@@ -24,6 +24,8 @@ VARIABLES = {
     "DS_ACCELERATOR": Variable(None, str, "cpu or cuda: overrides the detection of the device"),
     "DS_TRANSPORT": Variable("auto", str, "auto, shm or c10d: what carries the collectives of ZeRO"),
     "DS_HOST_TIMEOUT": Variable(20, int, "seconds of silence after which the launcher takes another host of the job for lost"),
+    "DS_HANG_SILENCE_S": Variable(None, float, "seconds a collective may wait before the job is ended with a diagnosis; 0: for ever"),
+    "DS_FLIGHT_RECORD": Variable(None, str, "folder for each rank's last collectives when the job fails"),
     "DS_ENV_FILE": Variable(".deepspeed_env", str, "file with KEY=VALUE lines the launcher exports"),
     "CUDA_VISIBLE_DEVICES": Variable(None, str, "the GPUs this process may see"),
 }
@@ -47,4 +49,4 @@ def read(name, environ=None):
 
 
 def _article(convert):
-    return "an integer" if convert is int else f"a {convert.__name__}"
+    return {int: "an integer", float: "a number"}.get(convert, f"a {convert.__name__}")

@@ -7,7 +7,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
+#include "comm/ledger.h"
 #include "comm/make_transport.h"
+#include "comm/registry.h"
 #include "comm/shm/buffer.h"
 
 namespace py = pybind11;
@@ -115,12 +117,31 @@ const char* state_name(CollectiveState state) {
   return "?";
 }
 
-py::list recent(const Transport& transport) {
+py::dict as_dict(const CollectiveRecord& r) {
+  return py::dict(py::arg("seq") = r.seq, py::arg("order") = r.order, py::arg("kind") = r.kind, py::arg("step") = r.tag.step,
+                  py::arg("phase") = r.tag.phase, py::arg("unit") = r.tag.unit, py::arg("bytes") = r.tag.bytes,
+                  py::arg("start_s") = r.start_s, py::arg("end_s") = r.end_s, py::arg("waited_s") = r.waited_s,
+                  py::arg("state") = state_name(r.state));
+}
+
+py::list as_dicts(const std::vector<CollectiveRecord>& records) {
   py::list out;
-  for (const auto& r : transport.recent())
-    out.append(py::dict(py::arg("seq") = r.seq, py::arg("kind") = r.kind, py::arg("step") = r.tag.step,
-                        py::arg("phase") = r.tag.phase, py::arg("unit") = r.tag.unit, py::arg("bytes") = r.tag.bytes,
-                        py::arg("start_s") = r.start_s, py::arg("end_s") = r.end_s, py::arg("state") = state_name(r.state)));
+  for (const auto& r : records) out.append(as_dict(r));
+  return out;
+}
+
+py::list blocked(const Ledger& ledger) {
+  py::list out;
+  for (const auto& b : ledger.blocked()) out.append(py::make_tuple(as_dict(b.record), b.since_s));
+  return out;
+}
+
+py::list tallies(const Ledger& ledger) {
+  py::list out;
+  for (const auto& t : ledger.tallies())
+    out.append(py::dict(py::arg("kind") = t.kind, py::arg("phase") = t.phase, py::arg("bytes") = t.bytes, py::arg("number") = t.number,
+                        py::arg("seconds") = t.seconds, py::arg("shortest_s") = t.shortest_s, py::arg("longest_s") = t.longest_s,
+                        py::arg("waited_s") = t.waited_s));
   return out;
 }
 
@@ -225,7 +246,8 @@ void bind_transport(py::module_& m) {
       .def("progress", &Transport::progress, Release())
       .def_static("progress_all", &Transport::progress_all, Release())
       .def("reset_counts", &Transport::reset_counts)
-      .def("recent", &recent, "The last collectives, oldest first, at most 256, as dicts.")
+      .def_property_readonly("ledger", &Transport::ledger, py::return_value_policy::reference_internal)
+      .def("recent", [](const Transport& t) { return as_dicts(t.recent()); }, "The last collectives, oldest first, at most 256, as dicts.")
       .def("count",
            [](const Transport& t, const std::string& phase) {
              const Counter counter = t.count(phase);
@@ -241,13 +263,36 @@ void bind_transport(py::module_& m) {
 
 }  // namespace
 
+void bind_ledger(py::module_& m) {
+  py::class_<Ledger, std::shared_ptr<Ledger>>(m, "Ledger")
+      .def(py::init<>())
+      .def(
+          "begin",
+          [](Ledger& ledger, const std::string& kind, const std::string& phase, int64_t bytes, int64_t step, bool ordered) {
+            return ledger.begin(intern(kind), make_tag(phase, step, -1), bytes, ordered);
+          },
+          "The number of a collective that starts now.", py::arg("kind"), py::arg("phase") = "", py::arg("bytes") = 0,
+          py::arg("step") = -1, py::arg("ordered") = true)
+      .def("end", [](Ledger& ledger, int64_t seq, bool ok) { ledger.end(seq, ok ? CollectiveState::Done : CollectiveState::Failed); },
+           py::arg("seq"), py::arg("ok") = true)
+      .def("recent", [](const Ledger& ledger) { return as_dicts(ledger.recent()); })
+      .def("blocked", &blocked, "(collective, since when in seconds of the Unix epoch) of every blocked thread.")
+      .def_property_readonly("events", &Ledger::events)
+      .def("keep_tallies", &Ledger::keep_tallies, py::arg("on"))
+      .def("tallies", &tallies)
+      .def("keep_trace", &Ledger::keep_trace, py::arg("limit"))
+      .def("take_trace", [](Ledger& ledger) { return as_dicts(ledger.take_trace()); });
+}
+
 void bind_comm(py::module_& m) {
   bind_works(m);
+  bind_ledger(m);
   bind_transport(m);
   m.def("make_transport", &from_group_name,
         "Collective over the process group of that name (torch's group_name); \"\" is this process alone.", py::arg("group_name"),
         py::arg("device") = "cpu", py::arg("choice") = "auto", py::arg("max_channels") = 4, py::arg("timeout_s") = 600.0,
         py::arg("warn_s") = 30.0, py::arg("deny_proc") = false, py::arg("deny_sockets") = false, Release());
+  m.def("transports", &Registry::all, "The transports of this process.");
   m.def(
       "set_stall_handler",
       [](std::optional<py::function> handler) {

@@ -70,6 +70,7 @@ std::string C10dTransport::stall_text(int64_t seq) {
 }
 
 void C10dTransport::await(c10d::Work& work, int64_t seq) {
+  const Ledger::Blocked blocked(*ledger_, seq);
   StallWatch watch(options_);
   try {
     while (!wait_slice(work)) {

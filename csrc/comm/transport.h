@@ -111,11 +111,13 @@ struct Counter {
 enum class CollectiveState : uint8_t { Issued, Done, Failed };
 
 struct CollectiveRecord {
-  int64_t seq = 0;  // 1-based, per transport
+  int64_t seq = 0;    // 1-based, per transport
+  int64_t order = 0;  // 1-based among those that all ranks issue in the same order; 0: no order needed
   const char* kind = "";
   Tag tag;
   double start_s = 0;  // seconds since the Unix epoch, comparable among ranks of a host
   double end_s = 0;    // 0 while not done
+  double waited_s = 0; // how long threads were blocked in it
   CollectiveState state = CollectiveState::Issued;
 };
 
@@ -187,6 +189,7 @@ class Transport : public std::enable_shared_from_this<Transport> {
   std::map<std::string, Counter> counts() const;
   void reset_counts();
   std::vector<CollectiveRecord> recent() const;  // oldest first, at most 256
+  Ledger& ledger() const { return *ledger_; }
 
   // Receives the lines about stalled collectives. Default: writes them to stderr. One handler per process.
   static void set_stall_handler(std::function<void(const std::string&)> handler);

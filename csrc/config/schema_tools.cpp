@@ -79,12 +79,24 @@ std::vector<Key> tool_keys() {
           .numbers_as_text(),
       comet_section(),
       object("comms_logger", "Record of every collective",
-             {boolean("enabled", false, "Use it").refuse(When::True, "set it to false: the communication log is not built yet"),
-              boolean("verbose", false, "A line for each").accepted(),
-              boolean("prof_all", true, "All operations").accepted(),
-              texts("prof_ops", Json::array(), "Only these, when prof_all is false").accepted(),
-              boolean("debug", false, "Name the caller").accepted()})
+             {boolean("enabled", false, "Use it; log_summary() prints the record"),
+              boolean("verbose", false, "A line for each"),
+              boolean("prof_all", true, "All operations"),
+              texts("prof_ops", Json::array(), "Only these, when prof_all is false"),
+              boolean("debug", false, "Name the caller in those lines")})
           .numbers_as_text(),
+      object("hang_detection", "When ranks wait for each other in vain: who waits for whom, then the job ends",
+             {boolean("enabled", true, "Use it"),
+              number("silence_s", nullptr,
+                     "Seconds a collective may wait; null: four fifths of the process groups' time limit, 8 minutes of 10")
+                  .above(0),
+              text("flight_record", nullptr, "Folder for each rank's last collectives when the job fails; null: deepspeed_flight_record; "
+                                             """: none")}),
+      object("timeline", "Trace of units, collectives, step phases and memory, for Perfetto and deepspeed.telemetry.draw",
+             {boolean("enabled", false, "Use it"),
+              text("folder", "timeline", "Where each rank writes its trace"),
+              integer("first_step", 1, "First update that is traced, counted from 0").at_least(0),
+              integer("steps", 3, "Updates traced").at_least(1)}),
       autotuning_section(),
   };
 }

@@ -116,7 +116,10 @@ void BackwardContext::end() {
   end_queued = false;
   manual_end = false;
   if (closed) return;
-  if (reducer != nullptr && !reducer->deferred()) reducer->flush();
+  if (reducer != nullptr && !reducer->deferred()) {
+    scheduler->start_rest();
+    reducer->flush();
+  }
   scheduler->end_backward();
 }
 

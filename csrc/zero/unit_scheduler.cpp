@@ -115,6 +115,13 @@ void UnitScheduler::leave_backward(int unit) {
   store_.release(unit);
 }
 
+void UnitScheduler::start_rest() {
+  if (!matching_ || !in_backward_) return;
+  for (; backward_next_ >= 0; --backward_next_) {
+    if (sharded(backward_next_) && !held(backward_next_)) store_.gather(backward_next_, kBackward, /*prefetch=*/true);
+  }
+}
+
 void UnitScheduler::end_backward() {
   if (matching_ && in_backward_) start_down_to(0);
   in_backward_ = false;

@@ -33,6 +33,9 @@ class UnitScheduler {
   void begin_backward();
   void enter_backward(int unit);
   void leave_backward(int unit);
+  // Before this rank waits for its last reductions: starts what its backward has not used. A rank whose graph did would wait for
+  // these gathers, and this rank for that one's reductions.
+  void start_rest();
   void end_backward();
 
   // The running backward builds a graph of its own (create_graph), whose nodes need the weights too: units stay gathered until

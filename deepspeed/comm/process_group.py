@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from deepspeed._environment import read
-from deepspeed.comm import rendezvous
+from deepspeed.comm import flight, rendezvous, watch
 from deepspeed.comm.recorder import recorder
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
 from deepspeed.device.select import get_accelerator
@@ -45,10 +45,16 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     auto_mpi_discovery: without RANK and WORLD_SIZE in the environment, read those of MPI, Slurm, Azure ML or SageMaker.
     dist_init_required: False forbids starting one; it is an error then if there is none.
     init_method, rank, world_size: as in torch.distributed.init_process_group, instead of the environment.
-    config: our configuration; its `comms_logger` section is applied.
-    A process that nobody launched becomes a world of one rank.
+    config: our configuration; its `comms_logger` and `hang_detection` sections are applied.
+    A process that nobody launched becomes a world of one rank. Hang detection (deepspeed.comm.watch) starts with the world.
     """
     recorder.configure(config)
+    _start_or_adopt(dist_backend, auto_mpi_discovery, distributed_port, verbose, timeout, init_method, dist_init_required, rank, world_size)
+    watch.start(timeout, getattr(config, "hang_detection", None))
+
+
+def _start_or_adopt(dist_backend, auto_mpi_discovery, distributed_port, verbose, timeout, init_method, dist_init_required, rank,
+                    world_size):
     if is_initialized():
         _adopt()
         return
@@ -130,6 +136,9 @@ def destroy_process_group(group=None):
     if not is_initialized():
         return
     whole_world = group is None or group is dist.group.WORLD
+    if whole_world:
+        watch.stop()
+        flight.forget()
     dist.destroy_process_group(group)
     if whole_world:
         for listener in _destroy_listeners:

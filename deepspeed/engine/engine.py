@@ -6,7 +6,7 @@ import gc
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm import groups
+from deepspeed.comm import configure, flight, groups, watch
 from deepspeed.device import get_accelerator
 from deepspeed.engine import arguments, build, optimizers
 from deepspeed.engine.accessors import ConfigAccessors
@@ -37,6 +37,9 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
         self._place(args)
         self._start_counters()
+        watch.start(section=config.hang_detection)
+        if config.is_set("comms_logger"):
+            configure(config)
         self._layout = layout_of(config, self.dp_world_size)
         arguments.check_device(self.device, self.local_rank)
         arguments.refuse_unbuilt(config, self.device)
@@ -286,6 +289,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step(**(lr_kwargs or {}))
         self.global_steps += 1
+        flight.state.step = self.global_steps  # what comes now belongs to the next step
+        self._managed.store.set_step(self.global_steps)
         self.global_samples += self._samples_of_update()
 
     def was_step_applied(self):

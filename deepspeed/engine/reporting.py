@@ -39,7 +39,8 @@ class Reporting:
         self.timers = timers.SynchronizedWallClockTimer() if self._timed else timers.NoopTimer()
         self.tput_timer = timers.ThroughputTimer(cfg.timers.throughput, cfg.train_batch_size, steps_per_output=self._print_every)
         self.flops_profiler = None
-        self._watching = self._timed or self._memory
+        self._timeline = None  # made when the engine is complete
+        self._watching = self._timed or self._memory or cfg.timeline.enabled
         self._reporting = self._watching or self._keep_loss or (self._print_every > 0 and self.global_rank == 0)
 
     def _say_state(self):
@@ -47,6 +48,9 @@ class Reporting:
         if self._config.flops_profiler.enabled:
             from deepspeed.telemetry.flops import FlopsProfiler
             self.flops_profiler = FlopsProfiler(self.module, self, self._config.flops_profiler.recompute_fwd_factor)
+        if self._config.timeline.enabled:
+            from deepspeed.engine.timeline import Timeline
+            self._timeline = Timeline(self, self._config.timeline)
         if self._memory:
             see_memory_usage("after initialize", force=True)
         if self._config.dump_state:
@@ -56,6 +60,8 @@ class Reporting:
     # ---- around the phases; called only while `_watching`
 
     def _begin(self, phase):
+        if self._timeline is not None and phase in _WHOLE_PHASES:
+            self._timeline.phase_begins(phase)
         if self._memory and phase in _WHOLE_PHASES:
             see_memory_usage(f"before {phase}", force=True)
         if self._profiles_now(phase):
@@ -74,6 +80,8 @@ class Reporting:
             self.flops_profiler.stop_profile()
         if self._memory and phase in _WHOLE_PHASES:
             see_memory_usage(f"after {phase}", force=True)
+        if self._timeline is not None and phase in _WHOLE_PHASES:
+            self._timeline.phase_ends(phase)
 
     def _profiles_now(self, phase):
         """The first micro-batch of the update that is to be profiled, on rank 0."""

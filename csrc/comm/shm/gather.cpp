@@ -86,7 +86,7 @@ std::shared_ptr<Work> ShmTransport::all_gather_pieces(std::vector<GatherPiece> p
   check_gather(src, src_offset, src_stride, bytes, size_);
   check_pieces(pieces, bytes, size_);
   auto mine = own_buffer(src, "all_gather");
-  const int64_t seq = ledger_->begin("all_gather", tag, static_cast<int64_t>(bytes) * size_);
+  const int64_t seq = ledger_->begin("all_gather", tag, static_cast<int64_t>(bytes) * size_, /*ordered=*/false);
   progress();
   return std::make_shared<ShmGather>(std::static_pointer_cast<ShmTransport>(shared_from_this()), std::move(mine), std::move(pieces),
                                      src_offset, src_stride, seq);

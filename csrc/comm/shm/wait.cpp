@@ -68,6 +68,7 @@ void ShmTransport::sleep(Condition& condition, int64_t seq) {
   ControlBlock& own = core_->own();
   show_activity(own, ledger_->record(seq), true);
   Asleep asleep(own);
+  const Ledger::Blocked blocked(*ledger_, seq);
   StallWatch watch(options_);
   auto next_health = Clock::now() + kHealthEvery;
   for (;;) {
