@@ -108,7 +108,6 @@ TEST(Rules, RefusedWhenEnabled) {
            "zero_optimization: {stage: 1, legacy_stage1: true}",
            "zero_optimization: {stage: 3, zero_quantized_weights: true}",
            "bf16: {bf16_master_weights_and_grads: true}, zero_optimization: {stage: 1}",
-           "comms_logger: {enabled: true}",
            "autotuning: {enabled: true}",
            "hybrid_engine: {enabled: true}",
            "tensor_parallel: {autotp_size: 2}",
