@@ -120,6 +120,7 @@ class Timeline:
         def enters(grads):
             if self.active:
                 self.begin("units backward", name)
+                self.sample(name)
 
         def leaves(grads):
             if self.active and self._open.get("units backward", ("",))[0] == name:

@@ -102,7 +102,8 @@ def _draw_rank(axis, trace, tracks, begin, end):
         low = row - 0.42 + (depth[track] - lane) * height
         x, width = (event["ts"] - begin) / 1e3, event["dur"] / 1e3
         colour = COLOURS.get(event["name"] if track == "step" else track, "#606060")
-        axis.broken_barh([(x, max(width, (end - begin) / 1e3 / 3000))], (low, height * 0.94), facecolors=colour, linewidth=0)
+        axis.broken_barh([(x, max(width, (end - begin) / 1e3 / 700))], (low, height * 0.94), facecolors=colour, edgecolors="white",
+                         linewidth=0.4 if width > (end - begin) / 1e3 / 100 else 0)
         label = event["name"]
         # Only what fits: a character is about 0.55 % of the width at this size.
         if height > 0.6 and width > len(label) * 0.0062 * (end - begin) / 1e3:
@@ -167,9 +168,9 @@ def _peaks(record):
     for key, label, _, _ in _series(record["device"]):
         values = [sample[key] for sample in record["samples"] if sample.get(key) is not None]
         if values:
-            peaks.append(f"highest {label.split(',')[0].split(' (')[-1].rstrip(')')} {max(values) / _GB:.2f} GB"
-                         if record["device"] == "cpu" else f"highest {label} {max(values) / _GB:.2f} GB")
-    return ", ".join(peaks).replace("resident PSS", "PSS")
+            short = key.partition("_")[0].upper() if record["device"] == "cpu" else label
+            peaks.append(f"highest {short} {max(values) / _GB:.2f} GB")
+    return ", ".join(peaks)
 
 
 def _shade(axis, trace):

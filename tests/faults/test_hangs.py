@@ -91,3 +91,26 @@ def test_an_exception_leaves_flight_records_of_all_ranks(tmp_path):
     records = [json.loads((tmp_path / "flight" / f"rank{r}.json").read_text()) for r in range(2)]
     assert records[1]["reason"] == "ValueError: the cause"
     assert records[0]["groups"] and all(record["groups"][0]["records"] for record in records)
+
+
+SCRIPT = """
+import time, torch, deepspeed
+from deepspeed import comm as dist
+model = torch.nn.Linear(8, 8)
+engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"},
+    "zero_optimization": {"stage": 2}, "hang_detection": {"silence_s": 4, "flight_record": ""}})
+for number in range(3):
+    if number == 1 and dist.get_rank() == 1:
+        time.sleep(1000)
+    engine.backward(engine(torch.ones(2, 8)).sum())
+    engine.step()
+"""
+
+
+def test_under_the_launcher_by_the_configuration(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    ended = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "-H", "/nonexistent", "--num_gpus", "2", "train.py"],
+                           cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == EXIT_CODE, ended
+    assert ended.stderr.count(SAID) == 1 and "rank 1 is not in a collective, it is at" in ended.stderr, ended.stderr
+    assert "failed first: exit code 124" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
