@@ -227,6 +227,7 @@ void bind_reducer(py::module_& m) {
            })
       .def("set_post_scale", &GradReducer::set_post_scale)
       .def("set_refusal", &GradReducer::set_refusal)
+      .def("add_replicas", &GradReducer::add_replicas, Release())
       .def("reduce_stats", &GradReducer::reduce_stats, Release())
       .def("gather_grads", &GradReducer::gather_grads, Release())
       .def("zero", &GradReducer::zero, Release())

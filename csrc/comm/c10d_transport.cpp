@@ -4,7 +4,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
+#include <algorithm>
 #include <cstring>
+#include <exception>
 #include <thread>
 
 #include "comm/checks.h"
@@ -19,9 +21,24 @@ constexpr auto kSlice = std::chrono::milliseconds(100);
 
 at::TensorOptions bytes_on(at::Device device) { return at::TensorOptions().dtype(at::kByte).device(device); }
 
-// c10d's wait(timeout) throws both at the end of the slice and on failure. What completes between the end of the slice and our
-// look is waited for once more: that returns at once or throws the true reason.
-bool wait_slice(c10d::Work& work) {
+bool poll_slice(c10d::Work& work) {
+  constexpr std::chrono::microseconds longest{1000};
+  const auto end = std::chrono::steady_clock::now() + kSlice;
+  for (std::chrono::microseconds pause{0}; !work.isCompleted(); pause = std::min(2 * pause + std::chrono::microseconds(10), longest)) {
+    if (std::chrono::steady_clock::now() >= end) return false;
+    std::this_thread::sleep_for(pause);
+  }
+  if (std::exception_ptr error = work.exception()) std::rethrow_exception(error);
+  work.wait();  // complete: orders the current stream after it
+  return true;
+}
+
+}  // namespace
+
+bool wait_slice(c10d::Work& work, at::Device device) {
+  if (!device.is_cpu()) return poll_slice(work);
+  // wait(timeout) throws both at the end of the slice and on failure. What completes between the end of the slice and our look
+  // is waited for once more: that returns at once or throws the true reason.
   try {
     work.wait(kSlice);
     return true;
@@ -31,8 +48,6 @@ bool wait_slice(c10d::Work& work) {
   work.wait();
   return true;
 }
-
-}  // namespace
 
 at::Tensor byte_view(void* data, size_t bytes, at::Device device, std::shared_ptr<SymmetricBuffer> keep) {
   return at::from_blob(data, {static_cast<int64_t>(bytes)}, {1}, [keep](void*) {}, bytes_on(device), device);
@@ -73,11 +88,11 @@ void C10dTransport::await(c10d::Work& work, int64_t seq) {
   const Ledger::Blocked blocked(*ledger_, seq);
   StallWatch watch(options_);
   try {
-    while (!wait_slice(work)) {
+    while (!wait_slice(work, host_device_)) {
       watch.tick([&] { return stall_text(seq); });
       const std::string dead = first_dead(peers_, rank_);
       // Its connection is closed by now; grant the carrier a slice to say so or to finish with what had arrived.
-      if (!dead.empty() && !wait_slice(work)) DS_FAIL(dead << " during " << stall_text(seq));
+      if (!dead.empty() && !wait_slice(work, host_device_)) DS_FAIL(dead << " during " << stall_text(seq));
     }
   } catch (const ds::Error&) {
     ledger_->end(seq, CollectiveState::Failed);

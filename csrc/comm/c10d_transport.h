@@ -18,6 +18,10 @@ void group_all_gather(c10d::ProcessGroup& pg, at::Device device, const void* min
 // A uint8 view of memory that somebody else owns; `keep` is released with the last view.
 at::Tensor byte_view(void* data, size_t bytes, at::Device device, std::shared_ptr<SymmetricBuffer> keep);
 
+// Waits for at most a tenth of a second; true when `work` is complete, throws what it failed with. `device`: of its tensors. On the
+// CPU this is c10d's own wait(timeout). On CUDA that would abort the communicator when a peer is merely late, so it polls.
+bool wait_slice(c10d::Work& work, at::Device device);
+
 class C10dTransport : public Transport {
  public:
   ~C10dTransport() override;

@@ -329,26 +329,31 @@ void GradReducer::ensure_grads() {
   }
 }
 
+void GradReducer::add_replicas() {
+  comm::Transport* replicas = store_.groups().replicate.get();
+  if (replicas == nullptr) return;
+  at::NoGradGuard no_grad;
+  ensure_grads();
+  for (int f : order_) {
+    FlatState& s = flats_[f];
+    const int64_t bytes = s.slice.numel() * 4;
+    const at::Tensor mine = s.slice.cpu();
+    at::Tensor all = at::empty({replicas->size(), s.slice.numel()}, mine.options());
+    const comm::Tag t = store_.tag("reduce_replicas", store_.flats()[f].unit, bytes);
+    replicas->all_gather_host(mine.data_ptr(), static_cast<size_t>(bytes), all.data_ptr(), t);
+    all = all.to(store_.device());
+    std::vector<const void*> srcs;
+    for (int r = 0; r < replicas->size(); ++r) srcs.push_back(all[r].data_ptr());
+    optim::reduce_sum(s.slice, srcs.data(), replicas->size(), DType::F32, 1.0f, false, s.stats);
+  }
+}
+
 std::vector<double> GradReducer::reduce_stats() {
   at::NoGradGuard no_grad;
   ensure_grads();
   for (int f : order_) {
     FlatState& s = flats_[f];
     if (std::exchange(s.edited, false)) optim::sum_squares(s.slice, s.stats);
-  }
-  if (comm::Transport* replicas = store_.groups().replicate.get()) {
-    for (int f : order_) {   // hybrid sharding: the slices of all replicas, added in rank order
-      FlatState& s = flats_[f];
-      const int64_t bytes = s.slice.numel() * 4;
-      const at::Tensor mine = s.slice.cpu();
-      at::Tensor all = at::empty({replicas->size(), s.slice.numel()}, mine.options());
-      const comm::Tag t = store_.tag("reduce_replicas", store_.flats()[f].unit, bytes);
-      replicas->all_gather_host(mine.data_ptr(), static_cast<size_t>(bytes), all.data_ptr(), t);
-      all = all.to(store_.device());
-      std::vector<const void*> srcs;
-      for (int r = 0; r < replicas->size(); ++r) srcs.push_back(all[r].data_ptr());
-      optim::reduce_sum(s.slice, srcs.data(), replicas->size(), DType::F32, 1.0f, false, s.stats);
-    }
   }
   at::Tensor total = at::zeros({3}, at::TensorOptions().dtype(at::kDouble).device(store_.device()));
   for (int f : order_) total.narrow(0, 0, 2).add_(flats_[f].stats);

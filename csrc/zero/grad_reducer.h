@@ -61,8 +61,11 @@ class GradReducer {
   // Why a backward may not start now ("" = it may); thrown from the first hook of the round.
   void set_refusal(std::string reason) { refusal_ = std::move(reason); }
 
-  // Completes gradients over replica groups, then returns {sum of squares, number of non-finite values} of everybody's
-  // slices, and how many ranks hold a carry. Collective.
+  // Hybrid sharding: adds the slices of all replicas, in rank order. Once a step, when nobody holds a carry any more: what is
+  // accumulated afterwards would be added to a sum that each replica has. Collective over all ranks; one replica: nothing to do.
+  void add_replicas();
+  // {sum of squares, number of non-finite values} of everybody's slices, and how many ranks hold a carry. Collective over
+  // the ranks a flat is cut over.
   std::vector<double> reduce_stats();
   // After reduce_stats() at stage 0: makes the full gradients valid on every rank.
   void gather_grads();

@@ -155,8 +155,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
 
     def forward(self, *inputs, **kwargs):
         """The module's own output."""
-        if self.training and self._joining is not None:
-            self._joining.announce()
         if self._config.fp16.auto_cast and self._layout.compute_dtype is not None:
             inputs = cast_positional(inputs, self._layout.compute_dtype)
         watched = self._watching and self.training
@@ -202,7 +200,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         managed.reducer.set_refusal("")
         managed.hooks.begin_manual()
         try:
-            self._run_backward(result.float() * scale if scale != 1.0 else result, retain_graph)
+            with self._joining.backward(self._layout.post_scale) if self._joining is not None else contextlib.nullcontext():
+                self._run_backward(result.float() * scale if scale != 1.0 else result, retain_graph)
         except BaseException:
             managed.hooks.abort_backward()
             raise
@@ -263,9 +262,14 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
             raise AssertionError("step: called inside no_sync()")
         if not isinstance(self.optimizer, build.ShardedOptimizer):
             raise AssertionError("step: this engine has no optimizer")
+        boundary = self.is_gradient_accumulation_boundary()
+        if self._joining is not None:
+            self._joining.step(boundary, lr_kwargs)
+        self._step(boundary, lr_kwargs)
+
+    def _step(self, boundary, lr_kwargs=None):
         if self._watching:
             self._begin("step")
-        boundary = self.is_gradient_accumulation_boundary()
         self._step_applied = False
         if boundary:
             self._managed.store.set_step(self.global_steps)
@@ -327,7 +331,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         with self._deferred(force=True) as outermost:
             yield
         if outermost:
-            self._managed.reducer.flush_carry()
+            self._reduce_carry()
 
     @contextlib.contextmanager
     def _deferred(self, force=False):
@@ -344,7 +348,17 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
     def allreduce_gradients(self, bucket_size=None):
         """Gradients are reduced during backward; this only finishes what a no_sync() block has left over."""
         if self._managed is not None and self._managed.reducer is not None and self._managed.reducer.has_carry():
-            self._managed.reducer.flush_carry()
+            self._reduce_carry()
+
+    def _reduce_carry(self):
+        if self._joining is not None:
+            self._joining.reduction()
+        self._flush_carry()
+
+    def _flush_carry(self):
+        self._managed.reducer.set_refusal("")
+        self._managed.reducer.flush_carry()
+        self._set_default_scale()
 
     buffered_allreduce_fallback = allreduce_gradients
 
@@ -352,7 +366,11 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         """Nothing is left to do: step() clips to gradient_clipping, by the exact global norm, at every precision."""
 
     def join(self):
-        """Context for loops whose ranks have different numbers of batches: a rank that is done keeps taking part with zeros."""
+        """Context for loops whose ranks have different numbers of batches: a rank that is done keeps taking part with zeros.
+
+        Any number of forwards, backwards and steps a batch, also with the boundary set by the caller. RuntimeError on every rank when
+        ranks that still have data do different things.
+        """
         return Join(self)
 
     # ---- mode, life

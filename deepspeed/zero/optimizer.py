@@ -150,7 +150,11 @@ class ShardedOptimizer(ZeROOptimizer):
         reducer = self.managed.reducer
         stats = reducer.reduce_stats()
         if stats[2]:  # somebody still holds gradients that came too late for their round
+            reducer.set_refusal("")
             reducer.flush_carry()
+            stats = reducer.reduce_stats()
+        if self.managed.transports.replicate is not None:
+            reducer.add_replicas()
             stats = reducer.reduce_stats()
         return stats
 
@@ -318,8 +322,25 @@ class ShardedOptimizer(ZeROOptimizer):
         return self.options.partial_slices
 
     def gradient_was_set(self, parameter):
-        """The caller has written into the slice of its gradient."""
+        """The caller has written into the slice of its gradient. With replicas the first one's value counts: step() adds them up."""
         self.managed.reducer.mark_edited(self.managed.store.param_place(home_of(parameter).index)[1])
+        replicate = self.managed.transports.replicate
+        if replicate is not None and replicate.rank > 0:
+            self.slice_of(parameter, "grad").zero_()
+
+    def read_slice(self, parameter, kind, key=None):
+        """slice_of(), for reading: with replicas a gradient is the sum over all of them, a copy. Collective over the replicas then."""
+        mine = self.slice_of(parameter, kind, key)
+        replicate = self.managed.transports.replicate
+        if kind != "grad" or mine is None or replicate is None:
+            return mine
+        parts = replicate.all_gather_host(mine.cpu().numpy().tobytes(), "read_replicas")
+        if not mine.numel():
+            return mine
+        total = torch.zeros_like(mine)
+        for part in parts:
+            total += torch.frombuffer(bytearray(part), dtype=mine.dtype).to(mine.device)
+        return total
 
     def slice_of(self, parameter, kind, key=None):
         """This rank's slice of a parameter's "fp32", "grad" or "state" value as a 1-D view; None when there is none on any rank."""

@@ -2,7 +2,8 @@
 """Reading and writing a parameter's fp32 value, gradient and optimizer state, wherever its slices lie.
 
 The full variants are collective over the data-parallel ranks and return a tensor of the parameter's shape on every rank;
-None when the parameter is not trained or the value does not exist yet. Gradients exist between backward and step.
+None when the parameter is not trained or the value does not exist yet. Gradients exist between backward and step. Under hybrid
+sharding the local gradient, too, is collective: it is the sum over the replicas.
 """
 import torch
 
@@ -20,14 +21,14 @@ def _slice(parameter, kind, key=None):
     home, optimizer = _optimizer_of(parameter)
     if optimizer is None:
         return None
-    return optimizer.slice_of(parameter, kind, key)
+    return optimizer.read_slice(parameter, kind, key)
 
 
 def _full(parameter, kind, key=None):
     home, optimizer = _optimizer_of(parameter)
     if optimizer is None:
         return None
-    mine = optimizer.slice_of(parameter, kind, key)
+    mine = optimizer.read_slice(parameter, kind, key)
     if mine is None:
         return None
     if not optimizer.slices_are_partial(kind):
@@ -105,7 +106,7 @@ def safe_get_local_optimizer_state(param, optim_state_key):
 
 def _set_local(param, value, kind, key=None):
     home, optimizer = _optimizer_of(param)
-    mine = _slice(param, kind, key)
+    mine = None if optimizer is None else optimizer.slice_of(param, kind, key)
     if mine is None:
         raise ValueError(f"parameter '{home.name if home else '?'}' has no local {key or kind} to set")
     if value.numel() != mine.numel():
