@@ -8,6 +8,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
+from deepspeed.telemetry import logger
+
 _NEEDS = {
     "fixed_linear": ("total_curriculum_step", "difficulty_step"),
     "fixed_root": ("total_curriculum_step", "difficulty_step", "root_degree"),
@@ -21,6 +23,16 @@ def _require(config: Any, names: tuple[str, ...], where: str) -> list:
     if missing:
         raise ValueError(f"curriculum: {where} lacks {', '.join(missing)}")
     return [config[name] for name in names]
+
+
+def _check_growth(schedule: Any, first: float, last: float, root: bool) -> None:
+    for name, least in (("total_curriculum_step", 1), ("difficulty_step", 1), *([("root_degree", 1)] if root else [])):
+        if schedule[name] < least:
+            raise ValueError(f"curriculum: schedule_config.{name}: found {schedule[name]}; allowed: at least {least}")
+    end = growing_value(schedule["total_curriculum_step"], first, last, schedule["total_curriculum_step"], schedule["difficulty_step"])
+    if end < last:
+        logger.warning_once(f"curriculum: max_difficulty {last} is no multiple of schedule_config.difficulty_step "
+                            f"{schedule['difficulty_step']}: the schedule ends at {end} and never reaches it")
 
 
 def whole(value: float) -> float:
@@ -54,6 +66,8 @@ class CurriculumScheduler:
             raise RuntimeError(f"curriculum: schedule_type: found {kind!r}; allowed: {', '.join(_NEEDS)}")
         schedule = config.get("schedule_config")
         _require(schedule, _NEEDS[kind], f"schedule_config of {kind}")
+        if kind in ("fixed_linear", "fixed_root"):
+            _check_growth(schedule, first, last, kind == "fixed_root")
         if kind == "fixed_discrete" and len(schedule["difficulty"]) != len(schedule["max_step"]) + 1:
             raise ValueError(
                 f"curriculum: schedule_config.difficulty has {len(schedule['difficulty'])} items; allowed: one more than max_step, "

@@ -24,7 +24,7 @@ class DeepSpeedDataLoader:
             it is and has to divide itself among the ranks.
         batch_size: samples in a micro-batch of one rank.
         pin_memory: copy batches into page-locked memory; ignored where there is no GPU.
-        tput_timer: anything with ``start()``, called before each batch is fetched.
+        tput_timer: a ``ThroughputTimer``, or anything with ``start()``, called before each batch is fetched.
         collate_fn: samples -> batch; torch's default when None.
         num_local_io_workers: worker processes; None or 0 loads in this process.
         data_sampler: replaces the distributed sampler. To resume exactly it must give the same order again. A
@@ -101,6 +101,8 @@ class DeepSpeedDataLoader:
         """A pass over one epoch: the rest of the current one after ``load_state_dict``, else a whole one."""
         if self._batches:  # left in the middle; an exhausted pass has already moved on
             self._next_epoch()
+            if self.tput_timer is not None:
+                self.tput_timer.started = False  # nobody trains on the batch that was fetched last
         self._pass += 1
         return _Epoch(self, self._pass)
 
@@ -113,15 +115,26 @@ class DeepSpeedDataLoader:
             self._iterator = iter(self.dataloader)
             if self.is_iterable:
                 self._skip_stream()
-        if self.tput_timer is not None:
-            self.tput_timer.start()
-        batch = next(self._iterator)
+        began = self._begin_step()
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if began:
+                self.tput_timer.started = False  # what follows an epoch, an evaluation say, is no time of a step
+            raise
         self._batches += 1
         if self._followed is not None:
             self._followed.advance()
         if self.post_process_func is None:
             return batch
         return self.post_process_func(batch, self.state_dict() if self._followed is None else self._followed.state)
+
+    def _begin_step(self) -> bool:
+        """The wait for a batch belongs to its step; False if a step is running already, whose time this is."""
+        if self.tput_timer is None or getattr(self.tput_timer, "started", False):
+            return False
+        self.tput_timer.start()
+        return True
 
     def _skip_stream(self) -> None:
         """Batches of an IterableDataset that were consumed before: read again and thrown away, since a stream cannot seek."""

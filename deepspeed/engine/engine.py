@@ -164,8 +164,13 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
                 self._data_schedules.before_forward(self.global_steps, kwargs)
         if watched:
             self._begin("forward")
-        with autocast_context(self._config.torch_autocast, self.device):
-            output = self.module(*inputs, **kwargs)
+        try:
+            with autocast_context(self._config.torch_autocast, self.device):
+                output = self.module(*inputs, **kwargs)
+        except BaseException:
+            if watched:
+                self._break_off("forward")
+            raise
         if watched:
             self._end("forward")
         return output

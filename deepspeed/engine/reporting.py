@@ -7,7 +7,7 @@ Note [Silence is free]: `_open_telemetry` decides once what is wanted. `_watchin
 import math
 
 from deepspeed.telemetry import logs, timers
-from deepspeed.telemetry.memory import see_memory_usage
+from deepspeed.telemetry.memory import print_memory
 from deepspeed.telemetry.monitors import MonitorMaster
 
 # phase -> its timer of one micro-batch, and of one update
@@ -52,7 +52,7 @@ class Reporting:
             from deepspeed.engine.timeline import Timeline
             self._timeline = Timeline(self, self._config.timeline)
         if self._memory:
-            see_memory_usage("after initialize", force=True)
+            print_memory("after initialize")
         if self._config.dump_state:
             lines = [f"  {name} = {value}" for name, value in self.dump_state().items()]
             logs.report("\n".join([f"{type(self).__name__} after initialize:", *lines]))
@@ -63,8 +63,9 @@ class Reporting:
         if self._timeline is not None and phase in _WHOLE_PHASES:
             self._timeline.phase_begins(phase)
         if self._memory and phase in _WHOLE_PHASES:
-            see_memory_usage(f"before {phase}", force=True)
+            print_memory(f"before {phase}")
         if self._profiles_now(phase):
+            self.flops_profiler.stop_profile()  # one that the caller has begun
             self.flops_profiler.start_profile()
         if self._timed:
             for name in PHASES[phase]:
@@ -79,9 +80,14 @@ class Reporting:
         if self._profiles_now(phase):
             self.flops_profiler.stop_profile()
         if self._memory and phase in _WHOLE_PHASES:
-            see_memory_usage(f"after {phase}", force=True)
+            print_memory(f"after {phase}")
         if self._timeline is not None and phase in _WHOLE_PHASES:
             self._timeline.phase_ends(phase)
+
+    def _break_off(self, phase):
+        """The phase raised; the caller may catch it and go on. The profile is taken of the next micro-batch instead."""
+        if self._profiles_now(phase):
+            self.flops_profiler.end_profile()
 
     def _profiles_now(self, phase):
         """The first micro-batch of the update that is to be profiled, on rank 0."""

@@ -88,7 +88,8 @@ def run(argv):
         lines = [json.dumps(table.as_json(made), indent=1)]
     else:
         lines = [*table.heading(made), "", *table.table(made, memory, reserved, arguments.host_memory), "",
-                 *(table.advice(made, memory, reserved, arguments.host_memory) if memory else []), *table.legend(made, reserved, memory)]
+                 *(table.advice(made, memory, reserved, arguments.host_memory) if memory else []),
+                 *table.legend(made, reserved, memory, arguments.host_memory)]
     if arguments.picture:
         from deepspeed.planning.picture import draw
         draw(made, arguments.picture, memory, table.heading(made)[0])

@@ -40,6 +40,11 @@ class Choice(NamedTuple):
         return f"stage {self.stage}" + "".join(f", {what} on {where[place]}" for what, place in places if place != "none")
 
     @property
+    def runs(self):
+        """Whether this release trains like that: offload is planned by formula only."""
+        return self.offload_optimizer == self.offload_param == "none"
+
+    @property
     def device_bytes(self):
         return sum(self.device.values()) + self.activation_bytes
 
@@ -86,9 +91,10 @@ class Plan(NamedTuple):
     remarks: list
 
     def best(self, memory_bytes, reserved_bytes=RESERVED_BYTES, host_memory_bytes=None):
-        """The choice that fits and sends least, offloading no more than it must; None when none does."""
+        """The choice that fits and sends least. One that this release does not run comes only when nothing else fits, and then the
+        one that offloads least; None when nothing fits at all."""
         fitting = [c for c in self.choices if not c.misfit(memory_bytes, reserved_bytes, host_memory_bytes)]
-        return min(fitting, key=lambda c: (c.host_bytes, c.sent_bytes, c.device_bytes), default=None)
+        return min(fitting, key=lambda c: (not c.runs, c.host_bytes, c.sent_bytes, c.device_bytes), default=None)
 
 
 def _nodes(gpus, nodes):

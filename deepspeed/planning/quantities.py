@@ -14,8 +14,12 @@ def count(text):
 
 
 def size_bytes(text):
-    """"80GB" and "80GiB" are both 80 * 2**30, as makers of GPUs count; a number alone is bytes."""
-    return _read(text, _BYTES, r"([kmgt]?)(?:i?b)?\s*", "a size such as 80GB or 512MB")
+    """"80GB" and "80GiB" are both 80 * 2**30, as makers of GPUs count.
+    A number alone is bytes, and below 1 MiB it is refused: nobody has a GPU of 80 bytes."""
+    value = _read(text, _BYTES, r"([kmgt]?)(?:i?b)?\s*", "a size such as 80GB or 512MB")
+    if value < _BYTES["m"] and re.fullmatch(_NUMBER, str(text)):
+        raise ValueError(f"{str(text).strip()!r} has no unit and would be bytes: say {str(text).strip()}GB or {str(text).strip()}MB")
+    return value
 
 
 def _read(text, factors, suffix, expected):

@@ -57,20 +57,25 @@ def advice(plan, memory_bytes, reserved_bytes, host_memory_bytes=None):
     """What to take, in a sentence."""
     best = plan.best(memory_bytes, reserved_bytes, host_memory_bytes)
     known = plan.choices[0].activation_bytes > 0
-    if best is None:
-        least = min(plan.choices, key=lambda c: c.device_bytes)
-        return [f"Nothing fits in {memory_bytes / GIB:.0f} GiB. Least is {least.name} with {gib(least.device_bytes)} GiB: use more GPUs, "
-                "GPUs with more memory, a smaller micro-batch or activation checkpointing."]
+    if best is None or not best.runs:
+        least = min((c for c in plan.choices if c.runs), key=lambda c: c.device_bytes)
+        lines = [f"Nothing that this release runs fits in {memory_bytes / GIB:.0f} GiB. Least is {least.name} with {gib(least.device_bytes)} "
+                 "GiB: use more GPUs, GPUs with more memory, a smaller micro-batch or activation checkpointing."]
+        if best is not None:
+            host = "" if host_memory_bytes or not best.host_bytes else (
+                f", if each node has {gib(best.host_bytes)} GiB of memory to spare (--host_memory checks it)")
+            lines.append(f"By formula {best.name} would fit{host}; this release does not run offload yet.")
+        return lines
     import json
     left = "" if known else f", which leaves {gib(memory_bytes - reserved_bytes - best.device_bytes)} GiB for activations"
-    lines = [f"Sends least of those that fit: {best.name}{left}.  \"zero_optimization\": {json.dumps(best.settings())}"]
-    if best.host_bytes:
-        lines.append("Offload is planned by formula; this release does not run it yet.")
-    return lines
+    return [f"Sends least of those that fit: {best.name}{left}.  \"zero_optimization\": {json.dumps(best.settings())}"]
 
 
-def legend(plan, reserved_bytes, memory_bytes):
+def legend(plan, reserved_bytes, memory_bytes, host_memory_bytes=None):
     lines = ["* what the configuration says." if any(c.configured for c in plan.choices) else ""]
+    if any(not c.runs for c in plan.choices):
+        unchecked = "" if host_memory_bytes else "; whether the hosts have that memory is not checked without --host_memory"
+        lines.append(f"On host or disk: by formula, this release does not run offload yet{unchecked}.")
     if memory_bytes:
         lines.append(f"Kept free in each GPU: {gib(reserved_bytes)} GiB for the CUDA context, NCCL and rounding (--reserved).")
     else:
@@ -88,7 +93,7 @@ def as_json(plan):
         "micro_batch": plan.micro_batch, "gradient_accumulation_steps": plan.accumulation, "assumed": plan.shape.assumed,
         "remarks": plan.remarks,
         "choices": [{
-            "name": c.name, "configured": c.configured, "zero_optimization": c.settings(), "rank_bytes": dict(c.device),
+            "name": c.name, "configured": c.configured, "runs": c.runs, "zero_optimization": c.settings(), "rank_bytes": dict(c.device),
             "rank_host_bytes": dict(c.host), "activation_bytes": c.activation_bytes, "rank_total_bytes": c.device_bytes,
             "node_host_bytes": c.host_bytes, "sent_bytes_a_step": c.sent_bytes,
             "traffic": [dict(zip(("phase", "collectives", "bytes", "sent_bytes"), row)) for row in c.traffic],

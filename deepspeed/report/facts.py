@@ -16,7 +16,8 @@ def yes(name, value):
 
 
 def no(name, value, advice):
-    assert advice, name
+    if not advice:
+        raise ValueError(f"fact {name!r}: what does not work needs advice: say what to do")
     return Fact(name, value, False, advice)
 
 

@@ -57,13 +57,19 @@ def process_memory(thorough=True):
     return found
 
 
+def print_memory(message, ranks=None):
+    """Prints the memory in use (rank 0, or `ranks`) and starts the peak figures anew."""
+    print_dist(usage_text(message), ranks)
+    get_accelerator().reset_peak_memory_stats()
+
+
 def see_memory_usage(message, force=False, ranks=None):
-    """With `force`, prints the memory in use (rank 0, or `ranks`) and starts the peak figures anew; without, does nothing."""
+    """With `force`, collects Python's garbage and prints the memory in use (rank 0, or `ranks`), the peak figures of which start anew;
+    without, does nothing."""
     if not force:
         return
     gc.collect()  # garbage must not be mistaken for use
-    print_dist(usage_text(message), ranks)
-    get_accelerator().reset_peak_memory_stats()
+    print_memory(message, ranks)
 
 
 def memory_status(msg, print_rank=-1, reset_max=False):

@@ -170,7 +170,7 @@ class NoopTimer:
 
 
 class ThroughputTimer:
-    """Samples per second of the training loop; the first `start_step` steps do not count.
+    """Samples per second of the training loop, the loading of its data included; the first `start_step` steps do not count.
 
     config: has the attributes `enabled`, and `synchronized`: measure the device's time, not the host's. Either way the host never
     waits for the device before somebody asks for a figure.
@@ -206,7 +206,8 @@ class ThroughputTimer:
         return event
 
     def start(self):
-        if self._enabled:
+        """Begins a micro-step. Whoever comes first counts: the data loader fetching the batch, or else the forward."""
+        if self._enabled and not self.started:
             self.started = True
             self._began = self._mark() if self.global_step_count >= self.start_step else None
 

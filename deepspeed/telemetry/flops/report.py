@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from deepspeed.telemetry.flops.units import duration_to_string, flops_to_string, macs_to_string, number_to_string, params_to_string
-from deepspeed.telemetry.logs import print_dist
+from deepspeed.telemetry.logs import logger, print_dist
 from deepspeed.telemetry.timers import BACKWARD_GLOBAL_TIMER, STEP_GLOBAL_TIMER
 
 _WIDTH = 110
@@ -150,10 +150,14 @@ def whole(profiler, profile_step, module_depth, top_modules, detailed):
 
 
 def write(text, output_file):
-    if not output_file:
-        print_dist(text)
-        return
-    folder = os.path.dirname(os.path.abspath(output_file))
-    os.makedirs(folder, exist_ok=True)
-    with open(output_file, "w", encoding="utf-8") as out:
-        out.write(text + "\n")
+    """Into the file; to standard output without one, or with a warning if it cannot be written: no report is worth a training run."""
+    if output_file:
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(output_file)), exist_ok=True)
+            with open(output_file, "w", encoding="utf-8") as out:
+                out.write(text + "\n")
+            return
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            logger.warning_once(f"flops_profiler.output_file: {output_file!r} cannot be written ({error}); the report is printed instead. "
+                                "Name a file in a folder that this user may write to")
+    print_dist(text)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events as CSV: one file a measure, `step,<last part of its name>` in the first line.
 
-A run that is started again in the same directory appends. What it repeats after a resume stands there twice: `read_csv` takes the later.
+A run that is started again in the same directory appends; a second engine of the same process gets a directory of its own.
+What it repeats after a resume stands there twice: `read_csv` takes the later.
 """
 import csv
 import os
 import re
 
-from deepspeed.telemetry.monitors.sink import Monitor, number
+from deepspeed.telemetry.monitors.sink import Monitor, cannot_write, number, own_folder, release_folder
 
 
 class csvMonitor(Monitor):
@@ -19,8 +20,7 @@ class csvMonitor(Monitor):
         self.log_dir = None
         self._files = {}
         if self.writes:
-            self.log_dir = os.path.join(self.output_path or "", self.job_name)
-            os.makedirs(self.log_dir, exist_ok=True)
+            self.log_dir = own_folder(self, "csv_monitor")
 
     @property
     def filenames(self):
@@ -34,16 +34,24 @@ class csvMonitor(Monitor):
             stem = re.sub(r"[^\w.=+-]", "_", name)
             out = self._files.get(stem)
             if out is None:
-                out = self._files[stem] = _open_for_rows(os.path.join(self.log_dir, stem + ".csv"), name.rpartition("/")[2])
+                out = self._files[stem] = self._open(stem, name.rpartition("/")[2])
             csv.writer(out, lineterminator="\n").writerow([number(step), number(value)])
             touched[stem] = out
         for out in touched.values():
             out.flush()
 
+    def _open(self, stem, measure):
+        path = os.path.join(self.log_dir, stem + ".csv")
+        try:
+            return _open_for_rows(path, measure)
+        except OSError as error:
+            raise cannot_write("csv_monitor", path, error) from error
+
     def close(self):
         for out in self._files.values():
             out.close()
         self._files = {}
+        release_folder(self)
 
 
 def _open_for_rows(path, measure):

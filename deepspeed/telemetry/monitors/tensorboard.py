@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events as TensorBoard scalars (package tensorboard, through torch.utils.tensorboard)."""
-import os
-
-from deepspeed.telemetry.monitors.sink import Monitor, need_package, number
+from deepspeed.telemetry.monitors.sink import Monitor, need_package, number, own_folder, release_folder
 
 
 class TensorBoardMonitor(Monitor):
@@ -11,7 +9,7 @@ class TensorBoardMonitor(Monitor):
     def __init__(self, tensorboard_config):
         super().__init__(tensorboard_config)
         self.output_path, self.job_name = tensorboard_config.output_path, tensorboard_config.job_name
-        self.summary_writer = None
+        self.summary_writer = self.log_dir = None
         if self.writes:
             self.get_summary_writer()
 
@@ -20,7 +18,8 @@ class TensorBoardMonitor(Monitor):
         if self.writes and self.summary_writer is None:
             need_package("tensorboard", "tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
-            self.summary_writer = SummaryWriter(log_dir=os.path.join(self.output_path or "", self.job_name))
+            self.log_dir = self.log_dir or own_folder(self, "tensorboard")
+            self.summary_writer = SummaryWriter(log_dir=self.log_dir)
         return self.summary_writer
 
     def write_events(self, event_list, flush=True):
@@ -40,3 +39,4 @@ class TensorBoardMonitor(Monitor):
         if self.summary_writer is not None:
             self.summary_writer.close()
             self.summary_writer = None
+        release_folder(self)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Difficulties by step, and batches that keep to them."""
 import json
+import logging
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from deepspeed.data import CurriculumScheduler, DeepSpeedDataSampler
 from deepspeed.data.indexed_dataset import close_mmap_dataset_builder, create_mmap_dataset_builder
 from deepspeed.data.metric_index import MetricIndex, shuffled
+from deepspeed.telemetry import logger
 
 
 def linear(first=8, last=64, steps=10, multiple=8, **more):
@@ -36,6 +38,28 @@ def test_root():
 def test_never_below_the_start(first, multiple):
     found = [CurriculumScheduler(linear(first, 64, 50, multiple)).get_difficulty(step) for step in range(60)]
     assert min(found) >= first and found == sorted(found) and all(value % multiple == 0 for value in found)
+
+
+def test_an_end_that_no_multiple_reaches_is_said_once():
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        schedulers = [CurriculumScheduler(linear(7, 61, 50, 8)) for _ in range(2)] + [CurriculumScheduler(linear(7, 64, 50, 8))]
+    finally:
+        logger.removeHandler(handler)
+    assert schedulers[0].get_difficulty(1000) == 56 and len(said) == 1
+    assert "max_difficulty 61" in said[0] and "difficulty_step 8" in said[0] and "ends at 56" in said[0]
+
+
+@pytest.mark.parametrize("name", ["total_curriculum_step", "difficulty_step", "root_degree"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_below_one_are_refused(name, value):
+    config = linear()
+    config.update(schedule_type="fixed_root", schedule_config={**config["schedule_config"], "root_degree": 2, name: value})
+    with pytest.raises(ValueError, match=f"schedule_config.{name}: found {value}; allowed: at least 1"):
+        CurriculumScheduler(config)
 
 
 def test_discrete():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine says when it is asked to, and that it neither speaks nor waits when it is not."""
+import io
 import logging
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -138,9 +140,18 @@ def test_silence_waits_for_nothing():
         assert (said, calls, noop, watching, reporting) == ([], [], True, False, False)
 
 
-def test_memory_breakdown_looks_around_every_phase(capfd):
+def _memory_lines():
+    engine = engine_of(tiny(), config(1, memory_breakdown=True))
+    with redirect_stdout(io.StringIO()) as out:
+        train(engine, 3)
+    return [line for line in out.getvalue().splitlines() if line.startswith(("before ", "after "))]
+
+
+def test_memory_breakdown_looks_around_every_phase_and_collects_no_garbage(capfd):
+    first, second = run(_memory_lines, 2)
+    assert first == 3 * [f"{when} {phase}" for phase in ("forward", "backward", "step") for when in ("before", "after")] and second == []
     for _, calls, *_ in run(_steps_with_switches, 2, {"memory_breakdown": True}):
-        assert calls.count("collect") == 3 * 2 * 3
+        assert calls == []
 
 
 @on_ranks(1)
@@ -156,6 +167,20 @@ def test_dump_state_and_log_level():
 
 
 # ---- the flops profile
+
+
+class Slow(torch.utils.data.Dataset):
+    """Four micro-batches; each sample takes three seconds of `now`."""
+
+    def __init__(self, now):
+        self.now = now
+
+    def __len__(self):
+        return 4 * len(batch(0))
+
+    def __getitem__(self, index):
+        self.now[0] += 3.0
+        return batch(index)[0]
 
 
 class Chain(nn.Module):
@@ -190,3 +215,49 @@ def test_profile_of_one_update(stage, tmp_path):
     first, = (line for line in text.splitlines() if line.startswith("  (first) Linear"))
     assert "  300  " in first and "540 MACs" in first  # a sharded parameter counts whole
     assert lines["step latency"].endswith("s") and float(lines["samples/second, all ranks"]) > 0
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_forward_that_failed_does_not_spoil_the_profile(tmp_path, begun):
+    out = tmp_path / "flops.txt"
+    engine = engine_of(Chain(), config(0, flops_profiler={"enabled": True, "profile_step": 1, "output_file": str(out)}))
+    train(engine, 1)
+    if begun:
+        engine.flops_profiler.start_profile()  # the caller's own, not ended
+    with pytest.raises(RuntimeError):
+        engine(torch.zeros(2, 5))
+    assert not engine.flops_profiler.started and torch.backends.mha.get_fastpath_enabled()
+    train(engine, 2)
+    text = out.read_text()
+    assert "600 MACs" in text and engine.global_steps == 3
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("name", ["file/flops.txt", "", "nul\0"])
+def test_a_profile_that_cannot_be_written_is_printed(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    section = {"enabled": True, "profile_step": 1, "output_file": str(tmp_path / name)}
+    engine = engine_of(Chain(), config(0, flops_profiler=section))
+    with Ear() as said, redirect_stdout(io.StringIO()) as out:
+        train(engine, 3)
+    assert engine.global_steps == 3 and "fwd MACs per GPU" in out.getvalue()
+    assert len([line for line in said if line.startswith("flops_profiler.output_file: ")]) == 1
+
+
+@on_ranks(1)
+def test_samples_per_second_count_the_loading_of_data():
+    engine = engine_of(tiny(), config(0))
+    timer, now = engine.tput_timer, [0.0]
+    timer._mark, timer._by_event = lambda: now[0], False
+    loader = engine.deepspeed_io(Slow(now))
+    for _ in range(2):
+        for x in loader:
+            engine.backward(engine(x))
+            engine.step()
+        now[0] += 1000.0  # an evaluation between the epochs
+    assert timer.total_elapsed_time == pytest.approx((2 * 4 - 2) * 3.0 * len(x)) and timer.global_step_count == 8
+    next(iter(loader))
+    now[0] += 1000.0  # a pass that was left, and so was the batch it had fetched
+    next(iter(loader))
+    assert timer.started and timer._began == pytest.approx(now[0] - 3.0 * len(x))

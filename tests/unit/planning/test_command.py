@@ -36,6 +36,19 @@ def test_table(config, capsys):
     assert max(map(len, text.splitlines())) <= 200
 
 
+def test_offload_is_not_recommended(config, capsys):
+    few = ("ds.json", "--params", "7e9", "--gpus", "8", "--gpu_memory", "8GB")
+    text = said(capsys, *few)
+    assert "Nothing that this release runs fits in 8 GiB. Least is stage 3" in text and "Sends least" not in text
+    assert "does not run offload yet" in text and "if each node has" in text and "--host_memory" in text
+    assert "zero_optimization" not in text  # nobody copies what does not run
+    checked = said(capsys, *few, "--host_memory", "1TB")
+    assert "By formula stage 3, optimizer on host" in checked and "if each node has" not in checked and "not checked" not in checked
+    assert "By formula stage" not in said(capsys, *few, "--host_memory", "1GB")
+    rows = json.loads(said(capsys, *few, "--json"))["choices"]
+    assert [row["runs"] for row in rows] == [True] * 4 + [False] * 3
+
+
 def test_json(config, capsys):
     made = json.loads(said(capsys, "ds.json", "--params", "7B", "--gpus", "8", "--json"))
     assert made["parameters"] == 7_000_000_000 and made["gradient_accumulation_steps"] == 2 and made["micro_batch"] == 4
@@ -68,7 +81,8 @@ def test_a_model_on_the_meta_device(config, capsys):
 @pytest.mark.parametrize("arguments, code, message", [
     (["ds.json"], 2, "--params"), (["ds.json", "--params", "lots"], 2, "'lots' is not a number"),
     (["ds.json", "--params", "1e9", "--gpus", "0"], 2, "--gpus"),
-    (["ds.json", "--params", "1e9", "--gpu_memory", "big"], 2, "'big' is not a size"), (["none.json", "--params", "1e9"], 1, "none.json"),
+    (["ds.json", "--params", "1e9", "--gpu_memory", "big"], 2, "'big' is not a size"),
+    (["ds.json", "--params", "1e9", "--gpu_memory", "80"], 2, "say 80GB"), (["none.json", "--params", "1e9"], 1, "none.json"),
     (["ds.json", "--params", "1e9", "--gpus", "12", "--nodes", "5"], 1, "12 GPUs"),
 ])
 def test_wrong_command_lines(config, capsys, arguments, code, message):

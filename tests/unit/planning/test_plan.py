@@ -43,6 +43,7 @@ def test_formulas():
         assert use["gradients"] + use["master_weights"] + use["optimizer_state"] == pytest.approx(rest * psi, rel=1e-3)
     assert found["stage 3"].configured and not found["stage 2"].configured
     ring = (ranks - 1) / ranks
+    assert found["stage 0"].sent_bytes == pytest.approx((2 + 4) * psi * ring, rel=1e-3)  # the summed gradients travel in fp32
     assert found["stage 2"].sent_bytes == pytest.approx(2 * 2 * psi * ring, rel=1e-3)
     assert found["stage 3"].sent_bytes == pytest.approx(3 * 2 * psi * ring, rel=1e-3)
 
@@ -109,11 +110,18 @@ def test_offload_that_is_not_built_yet_can_be_planned():
     assert configured.device["parameters"] == configured.device["optimizer_state"] == 0
 
 
+def test_offload_is_never_taken_before_what_runs():
+    cfg = {**BF16, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}
+    made = plan(cfg, 7e9, gpus=8)
+    disk = next(c for c in made.choices if c.configured)
+    assert not disk.runs and made.best(80 * GIB).runs and made.best(24 * GIB).name == "stage 3"
+
+
 def test_what_fits():
     made = plan(BF16, 7e9, gpus=8)
     assert made.best(80 * GIB).name == "stage 1" and made.best(200 * GIB).sent_bytes == made.best(80 * GIB).sent_bytes
     assert made.best(24 * GIB).name == "stage 3"
-    assert made.best(8 * GIB).host_bytes > 0
+    assert made.best(8 * GIB).host_bytes > 0 and not made.best(8 * GIB).runs
     assert made.best(8 * GIB, host_memory_bytes=GIB) is None and made.best(GIB) is None
     stage3 = {c.name: c for c in made.choices}["stage 3"]
     assert "too much" in stage3.misfit(8 * GIB, 0) and stage3.misfit(80 * GIB, 0) == ""
@@ -153,7 +161,7 @@ def test_counts(text, value):
 
 
 @pytest.mark.parametrize("text, value", [("80GB", 80 * GIB), ("80GiB", 80 * GIB), ("80g", 80 * GIB), ("512MB", 512 << 20),
-                                         ("1.5 TB", 3 << 39), ("7", 7)])
+                                         ("1.5 TB", 3 << 39), ("1048576", 1 << 20), ("80 B", 80)])
 def test_sizes(text, value):
     assert size_bytes(text) == value
 
@@ -162,6 +170,12 @@ def test_sizes(text, value):
 def test_not_a_number(text):
     with pytest.raises(ValueError, match="is not a"):
         count(text)
+
+
+@pytest.mark.parametrize("text", ["80", " 80.5 ", "1000000", "8e1"])
+def test_a_size_without_its_unit_is_refused(text):
+    with pytest.raises(ValueError, match=f"'{text.strip()}' has no unit .*{text.strip()}GB"):
+        size_bytes(text)
 
 
 def test_sizes_are_shown_with_three_digits():

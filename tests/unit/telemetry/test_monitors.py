@@ -87,6 +87,44 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert master.enabled and master.csv_monitor is None and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", [csvMonitor, TensorBoardMonitor])
+def test_a_second_monitor_of_a_process_has_its_own_folder(tmp_path, kind, warnings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    section = "csv_monitor" if kind is csvMonitor else "tensorboard"
+    first = kind(files(tmp_path))
+    assert not warnings
+    second, third = kind(files(tmp_path)), kind(files(tmp_path))
+    assert [os.path.basename(m.log_dir) for m in (first, second, third)] == ["job", "job_2", "job_3"]
+    assert len(warnings) == 2 and all(f"{section}.job_name" in line for line in warnings) and "job_2" in warnings[0]
+    second.close()
+    assert os.path.basename(kind(files(tmp_path)).log_dir) == "job_2"
+    first.close()
+    assert os.path.basename(kind(files(tmp_path)).log_dir) == "job"
+
+
+def test_csv_of_two_engines_do_not_mix(tmp_path, warnings):
+    first, second = csvMonitor(files(tmp_path)), csvMonitor(files(tmp_path))
+    for monitor, value in ((first, 1.0), (second, 2.0), (first, 3.0)):
+        monitor.write_events([("loss", value, int(value))])
+    assert read_csv(tmp_path / "job" / "loss.csv") == {1: 1.0, 3: 3.0} and read_csv(tmp_path / "job_2" / "loss.csv") == {2: 2.0}
+
+
+@pytest.mark.parametrize("way", ["file", "forbidden", "later"])
+def test_csv_that_cannot_be_written_names_the_key(tmp_path, way, warnings, monkeypatch):
+    if way == "file":
+        (tmp_path / "DeepSpeedJobName").write_text("")
+    if way == "forbidden":
+        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    master = MonitorMaster(sections(tmp_path, csv_monitor=True))
+    if way == "later":
+        (tmp_path / "DeepSpeedJobName" / "Train_Samples_lr.csv").mkdir()
+    master.write_events(EVENTS)
+    master.write_events(EVENTS)
+    assert (master.csv_monitor is None) == (way != "later") and len(warnings) == 1
+    assert "csv_monitor.output_path: " in warnings[0] and str(tmp_path) in warnings[0] and "name a folder" in warnings[0]
+
+
 # ---- tensorboard
 
 
