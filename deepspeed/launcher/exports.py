@@ -41,7 +41,10 @@ def environment_files() -> dict[str, str]:
     for folder in DEEPSPEED_ENVIRONMENT_PATHS:
         path = os.path.join(folder, DEEPSPEED_ENVIRONMENT_NAME)
         if os.path.isfile(path):
-            found.update(read_environment_file(path))
+            try:
+                found.update(read_environment_file(path))
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be read: {error.strerror} (DS_ENV_FILE names another file)") from None
     return found
 
 

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .relay import last_line, write_stderr
-from .say import Voice
+from .relay import last_line
+from .say import Voice, terminal
 
 
 @dataclass
@@ -106,4 +106,4 @@ def tell(failures: Sequence[Failure], signal_received: int | None, say: Voice) -
 
 def _write(text: str) -> None:
     if text:
-        write_stderr((text if text.endswith("\n") else text + "\n").encode())
+        terminal.write((text if text.endswith("\n") else text + "\n").encode())

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from . import processes
 from .failures import Failure, describe, tell
 from .launch import Job, LaunchError, arguments_of, pid_file
-from .line import Line, Lost, is_loopback, own_addresses
+from .line import STRANGER_BYTES, Line, Lost, is_loopback, own_addresses
 from .processes import RankSpec
 from .say import Voice
 from .transport import NoTransport, Transport, transports
@@ -130,7 +130,7 @@ class Head(Watch):
             connection, address = self.listener.socket.accept()
         except OSError:
             return
-        line = Line(connection, f"a caller from {address[0]}")
+        line = Line(connection, f"a caller from {address[0]}", STRANGER_BYTES)
         self._callers.append(line)
         self._selector.register(line, selectors.EVENT_READ, line)
 
@@ -164,7 +164,7 @@ class Head(Watch):
             line.close()
             return
         host.line, host.state, host.port = line, State.READY, int(hello["port"])
-        line.other = f"host {host.name}"
+        line.trust(f"host {host.name}")
         self._start_clock = self._start_clock or now
         self.say("debug", f"host {host.name} is ready")
         if self.phase is not Phase.RUNNING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -126,7 +127,7 @@ def rank_specs(job: Job) -> list[RankSpec]:
     if job.venv_script is not None and not os.path.isfile(job.venv_script):
         raise LaunchError(f"--venv_script {job.venv_script}: no such file")
     if job.log_dir is not None:
-        os.makedirs(job.log_dir, exist_ok=True)
+        _make_log_dir(job.log_dir)
     if job.elastic is not None:
         return [_elastic_agent(job, job.elastic)]
     started = time.strftime("%Y%m%d%H%M%S")
@@ -136,6 +137,15 @@ def rank_specs(job: Job) -> list[RankSpec]:
         log = None if job.log_dir is None else os.path.join(job.log_dir, f"{started}_rank{rank}.log")
         specs.append(RankSpec(rank, _command(job, local_rank), _environment(job, local_rank, threads), cpus, log))
     return specs
+
+
+def _make_log_dir(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise LaunchError(f"--enable_each_rank_log {path}: cannot be written to: {error.strerror}") from None
 
 
 def _elastic_agent(job: Job, elastic: Elastic) -> RankSpec:
@@ -194,8 +204,11 @@ def pid_file(wanted: bool):
     """This launcher's process id in /tmp/<pid>.deepspeed while it runs."""
     path = os.path.join(PID_FILE_BASEPATH, f"{os.getpid()}.deepspeed")
     if wanted:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(str(os.getpid()))
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(str(os.getpid()))
+        except OSError as error:
+            raise LaunchError(f"--save_pid: {path} cannot be written: {error.strerror}") from None
     try:
         yield
     finally:
@@ -238,7 +251,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     add("--elastic", default=None, metavar="MIN:MAX:RESTARTS")
     add("--log_level", default="info", choices=list(LEVELS))
     add("training_script")
-    add("training_script_args", nargs=argparse.REMAINDER)
+    add("training_script_args", nargs=argparse.REMAINDER).required = False
     return parser.parse_args(args)
 
 
@@ -269,7 +282,7 @@ def main(args: list[str] | None = None) -> None:
                             script=parsed.training_script,
                             script_args=parsed.training_script_args)
         code = launch(job, say) if parsed.head is None else _launch_for_head(job, parsed, say)
-    except (LaunchError, Lost, ValueError) as error:
+    except (LaunchError, Lost, OSError, ValueError) as error:
         say("critical", f"error: {error}")
         code = 1
     sys.exit(code)

@@ -26,6 +26,7 @@ BEAT_S = 1.0
 _SEND_S = 5.0
 _CONNECT_S = 5.0
 _MAX_MESSAGE_BYTES = 1 << 28  # a held traceback is 1 MB a rank at most
+STRANGER_BYTES = 1 << 13  # from a caller that has not said the token yet
 
 
 class Lost(Exception):
@@ -35,11 +36,12 @@ class Lost(Exception):
 class Line:
     """One end of a connection. ``other``: how messages call the other end."""
 
-    def __init__(self, connection: socket.socket, other: str) -> None:
+    def __init__(self, connection: socket.socket, other: str, max_bytes: int = _MAX_MESSAGE_BYTES) -> None:
         connection.settimeout(_SEND_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
         self.other = other
+        self._max_bytes = max_bytes
         self.lost = False
         self.heard_at = time.monotonic()
         self._beaten_at = 0.0
@@ -48,6 +50,10 @@ class Line:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def trust(self, name: str) -> None:
+        """The caller is who it should be."""
+        self.other, self._max_bytes = name, _MAX_MESSAGE_BYTES
 
     @property
     def other_address(self) -> str:
@@ -86,14 +92,14 @@ class Line:
         """Empties the socket; returns how the connection ended, or nothing."""
         while select.select([self._socket], [], [], 0)[0]:
             try:
-                data = self._socket.recv(1 << 16)
+                data = self._socket.recv(min(self._max_bytes, 1 << 16))
             except OSError as error:
                 return f"the connection to {self.other} broke ({error.strerror or error})"
             if not data:
                 return f"{self.other} closed the connection; its launcher was killed or has crashed"
             self.heard_at = now
             self._text += data
-            if len(self._text) > _MAX_MESSAGE_BYTES:
+            if len(self._text) > self._max_bytes:
                 return f"{self.other} sent a message that is too long"
         return ""
 

@@ -22,14 +22,15 @@ def build_parser() -> argparse.ArgumentParser:
     _how(parser.add_argument_group("how to run the script"))
     _multi_host(parser.add_argument_group("several hosts"))
     parser.add_argument("user_script", help="script to run, or module with --module, or program with --no_python")
-    parser.add_argument("user_args", nargs=argparse.REMAINDER, help="its arguments")
+    # Python before 3.12 calls it required when the script is missing.
+    parser.add_argument("user_args", nargs=argparse.REMAINDER, help="its arguments").required = False
     return parser
 
 
 def _where(group) -> None:
     add = group.add_argument
     add("-H", "--hostfile", default=DEFAULT_HOSTFILE,
-        help="file with lines 'host slots=N'; without it the job runs on this host (default: %(default)s)")
+        help="file with lines 'host slots=N'; without such a file the job runs on this host (default: %(default)s)")
     add("-i", "--include", default="", metavar="SPEC",
         help="use only these: HOST[:SLOT,...][@HOST...], e.g. localhost:0,2")
     add("-e", "--exclude", default="", metavar="SPEC", help="use all but these; not together with --include")

@@ -8,6 +8,7 @@ from collections.abc import Sized
 
 from . import devices
 from .launch import Elastic, Job, LaunchError, job_from_args
+from .options import DEFAULT_HOSTFILE
 from .resources import fetch_hostfile, parse_resource_filter
 from .say import Voice
 
@@ -21,8 +22,6 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise LaunchError("--num_gpus: not together with --include or --exclude, which say it already")
     if args.include and args.exclude:
         raise LaunchError("--include and --exclude exclude each other; give one of them")
-    if args.node_rank != -1 and not args.no_ssh:
-        raise LaunchError("--node_rank: only with --no_ssh, when this command is started on every host by hand")
     if args.no_ssh and args.force_multi:
         raise LaunchError("--force_multi: starts the hosts over the network, and --no_ssh forbids it")
     if not args.elastic_training and (args.min_elastic_nodes != -1 or args.max_elastic_nodes != -1):
@@ -95,10 +94,14 @@ def plan_job(args: argparse.Namespace, say: Voice) -> Job:
     pool = fetch_hostfile(args.hostfile)
     if pool is None and args.num_nodes > 1:
         raise LaunchError(f"--num_nodes {args.num_nodes}: there is no hostfile {args.hostfile}")
+    if pool is None and args.hostfile not in (DEFAULT_HOSTFILE, ""):
+        say("warning", f"--hostfile {args.hostfile}: no such file; the job runs on this host alone")
     gpus = _use_gpus(say)
     world = {LOCALHOST: _local_slots(args, gpus, say)} if pool is None else _from_hostfile(args, pool)
     if not any(world.values()):
         raise LaunchError("no slots are left to run on")
+    if args.node_rank not in ((-1, ) if len(world) > 1 else (-1, 0)) and not args.no_ssh:
+        raise LaunchError(f"--node_rank {args.node_rank}: only with --no_ssh, when this command is started on every host by hand")
     by_hand = args.no_ssh and len(world) > 1
     if by_hand and args.node_rank == -1:
         raise LaunchError("--no_ssh: say with --node_rank which of the hosts this is")

@@ -12,9 +12,13 @@ Note [One traceback]
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-import sys
+import struct
+import termios
+
+from .say import terminal
 
 HEADER = b"Traceback (most recent call last):"
 # torch.distributed puts this in front of every line of a traceback.
@@ -23,6 +27,8 @@ _PART_OF_RANK = re.compile(rb"\[(r|ra|ran|rank\d*|rank\d+\]:?)?")
 # A script that does not even compile has no header: its report begins with the place.
 _START = re.compile(rb"(?m)(?:" + _RANK.pattern + rb")?" + re.escape(HEADER) + rb'|^  File "')
 _MAX_HELD_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
+_MAX_WAITING_BYTES = 1 << 17  # for a terminal that is slower than the rank
 
 
 def _may_become_a_header(data: bytes) -> bool:
@@ -53,6 +59,7 @@ class Relay:
         self.held_since: float | None = None  # None: not holding
         self.failed_at: float | None = None  # when the traceback began that was last held, also after its release
         self.at_end = False
+        self.resting = False  # not to be read from for now, for whoever looks at many relays
         self.mid_line = False  # what was last written to the terminal, say a progress bar, has not ended its line
         self._maybe = b""
 
@@ -60,21 +67,34 @@ class Relay:
     def holding(self) -> bool:
         return self.held_since is not None
 
+    @property
+    def backlog(self) -> float:
+        """What waits to be written, as a share of what may: from 1 on the rank should wait as well."""
+        return terminal.waiting(self) / _MAX_WAITING_BYTES
+
     def read(self, now: float) -> None:
-        """Take what has arrived; sets ``at_end`` when the rank has closed its end."""
-        while not self.at_end:
-            try:
-                data = os.read(self.fd, 1 << 16)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self.close()
-                return
-            if self.log_fd is not None:
-                os.write(self.log_fd, data)
-            self._take(data, now)
+        """Take some of what has arrived; sets ``at_end`` when the rank has closed its end. One read, since a rank may write
+        as fast as it is read from, and there are others."""
+        if self.at_end:
+            return
+        try:
+            data = os.read(self.fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        if self.log_fd is not None:
+            os.write(self.log_fd, data)
+        self._take(data, now)
+
+    def read_rest(self, now: float) -> None:
+        """Take all that has arrived up to now, which is at most what a pipe holds; for when its rank has ended."""
+        if not self.at_end:
+            for _ in range(_arrived(self.fd) // _READ_BYTES + 2):
+                self.read(now)
 
     def _take(self, data: bytes, now: float) -> None:
         if self.holding:
@@ -102,7 +122,7 @@ class Relay:
     def _pass_on(self, data: bytes | bytearray) -> None:
         if self.log_fd is None and data:
             self.mid_line = data[-1:] != b"\n"
-            write_stderr(bytes(data))
+            terminal.write(bytes(data), self)
 
     def release(self) -> None:
         """Write what is held; go on passing through."""
@@ -134,11 +154,6 @@ def last_line(text: bytes) -> str:
     return ""
 
 
-def write_stderr(data: bytes) -> None:
-    try:
-        sys.stderr.flush()
-        view = memoryview(data)
-        while view:
-            view = view[os.write(sys.stderr.fileno(), view):]
-    except (OSError, ValueError):
-        pass  # stderr is gone; the job does not depend on it
+def _arrived(fd: int) -> int:
+    """Bytes in a pipe."""
+    return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0]

@@ -33,12 +33,14 @@ def parse_hostfile(lines: Iterable[str]) -> dict[str, int]:
 
 
 def fetch_hostfile(hostfile_path: str) -> dict[str, int] | None:
-    """The hosts of a hostfile, or None when there is no such file (then the job is a local one)."""
+    """The hosts of a hostfile, or None when there is no such file (then the job is a local one). ``ValueError``: it is not one."""
     try:
         with open(hostfile_path, encoding="utf-8") as file:
             return parse_hostfile(file)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ValueError(f"--hostfile {hostfile_path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{hostfile_path}: {error}") from None
 

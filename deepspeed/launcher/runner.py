@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
             if len(job.world_info) > 1:
                 os.environ.update(environment_files())
             code = launch(job, say)
-    except (LaunchError, ValueError) as error:
+    except (LaunchError, OSError, ValueError) as error:
         say("critical", f"error: {error}")
         code = 1
     sys.exit(code)

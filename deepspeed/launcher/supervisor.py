@@ -19,8 +19,8 @@ from . import processes
 from .failures import Failure, job_code, tell
 from .line import Line, Lost
 from .processes import RankSpec
-from .relay import Relay, write_stderr
-from .say import Voice
+from .relay import Relay
+from .say import Voice, terminal
 from .watch import PASSED_SIGNALS, Patience, Phase, Watch
 
 
@@ -73,7 +73,8 @@ class Supervisor(Watch):
             try:
                 rank = self._start(spec, first=local_rank == 0)
             except OSError as error:
-                raise StartError(f"rank {spec.rank}: cannot start {spec.argv[0]}: {error.strerror}", error) from None
+                what = f"write its log {error.filename}" if error.filename == spec.log_path else f"start {spec.argv[0]}"
+                raise StartError(f"rank {spec.rank}: cannot {what}: {error.strerror}", error) from None
             self.ranks.append(rank)
             self._guard.watch(rank.pid)
             self.say("debug", f"rank {spec.rank} is process {rank.pid}: {' '.join(spec.argv)}")
@@ -104,6 +105,8 @@ class Supervisor(Watch):
 
     # --- one turn of the loop ----------------------------------------------------------------------------------------
     def _pause_s(self) -> float:
+        if any(rank.relay and rank.relay.resting for rank in self.ranks):
+            return 0.02
         if self.phase is not Phase.RUNNING or any(r.relay and r.relay.holding for r in self.ranks):
             return 0.05
         return 1.0
@@ -115,10 +118,11 @@ class Supervisor(Watch):
         for key, _ in events:
             if isinstance(key.data, Relay):
                 self._read(key.data, now)
-        if not events:
-            for rank in self.ranks:
-                if rank.relay is not None:
+        for rank in self.ranks:
+            if rank.relay is not None:
+                if not events:
                     rank.relay.settle()
+                self._rest_or_wake(rank.relay)
         self._release_logged_tracebacks(now)
         if self.line is not None:
             self._follow(self.line, now)
@@ -132,16 +136,27 @@ class Supervisor(Watch):
                     rank.by_us = self.phase in (Phase.STOPPING, Phase.KILLED)
                     if rank.relay is not None:
                         # What is left in its pipe; a child of its own may still hold the other end.
-                        self._read(rank.relay, rank.ended_at)
+                        self._read(rank.relay, rank.ended_at, all_of_it=True)
                         if rank.code == 0 or not rank.relay.holding:
                             rank.relay.release()
         if os.getpid() == 1:
             processes.reap_strangers({rank.pid for rank in self.ranks})
 
-    def _read(self, relay: Relay, now: float) -> None:
-        was_open = not relay.at_end
-        relay.read(now)
-        if was_open and relay.at_end:
+    def _read(self, relay: Relay, now: float, all_of_it: bool = False) -> None:
+        was_read = not relay.at_end and not relay.resting
+        relay.read_rest(now) if all_of_it else relay.read(now)
+        if was_read and relay.at_end:
+            self._selector.unregister(relay.fd)
+
+    def _rest_or_wake(self, relay: Relay) -> None:
+        """See Note [Nobody reads]."""
+        if relay.at_end:
+            relay.resting = False
+        elif relay.resting and relay.backlog < 0.5:
+            relay.resting = False
+            self._selector.register(relay.fd, selectors.EVENT_READ, relay)
+        elif not relay.resting and relay.backlog >= 1:
+            relay.resting = True
             self._selector.unregister(relay.fd)
 
     def _release_logged_tracebacks(self, now: float) -> None:
@@ -232,7 +247,7 @@ class Supervisor(Watch):
             if rank.relay and not rank.failed:
                 rank.relay.release()
         if self._trouble() and any(rank.relay and rank.relay.mid_line for rank in self.ranks):
-            write_stderr(b"\n")
+            terminal.write(b"\n")
         failures = [rank.failure(socket.gethostname()) for rank in self.ranks if rank.failed]
         if self.line is None:
             return tell(failures, self.signal_received, self.say)

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 from .guard import Guard
-from .say import Voice
+from .say import Voice, terminal
 
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PASSED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -52,7 +52,8 @@ class Watch:
 
     def run(self) -> int:
         """Returns the exit code of the job."""
-        self._guard = Guard()
+        self._guard = Guard()  # before there is a second thread
+        terminal.start()
         self._wakeup = _SignalPipe()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wakeup.read_end, selectors.EVENT_READ)
@@ -70,6 +71,7 @@ class Watch:
             self._selector.close()
             self._wakeup.close()
             self._guard.close()
+            terminal.stop()
 
     # --- what is kept ------------------------------------------------------------------------------------------------
     def _start_all(self) -> None:

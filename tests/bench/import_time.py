@@ -66,7 +66,7 @@ def one_library(args, lib, python):
     alone = [probe(python, env, "sys") for _ in range(args.rounds)]
     helps = [wall([python, "-m", "deepspeed.launcher.runner", "--help"], env) for _ in range(args.rounds)]
     bare = [wall([python, "-c", "pass"], env) for _ in range(args.rounds)]
-    launch = [python, "-m", "deepspeed.launcher.runner", "-H", "/nonexistent", "--no_local_rank", "--num_gpus"]
+    launch = [python, "-m", "deepspeed.launcher.runner", "-H", "", "--no_local_rank", "--num_gpus"]
     direct, one, two = ([reached(prefix, env) for _ in range(args.rounds)] for prefix in ([python], [*launch, "1"], [*launch, "2"]))
     return {
         "reached_one_ms": 1e3 * (statistics.median(one) - statistics.median(direct)),

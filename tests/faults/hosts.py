@@ -11,7 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.faults.job import ROOT, alive
+from tests.faults.job import ROOT, alive, marked
 
 
 # What the launcher starts on a host does not see the processes of the others, so neither shared memory nor signals connect them.
@@ -154,16 +154,7 @@ class HostsJob:
 
     def processes(self):
         """All living processes of the job, on every host."""
-        found = []
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                try:
-                    environ = Path(f"/proc/{name}/environ").read_bytes()
-                except OSError:
-                    continue
-                if f"DS_TEST_MARK={self.mark}".encode() in environ.split(b"\0") and alive(int(name)):
-                    found.append(int(name))
-        return found
+        return marked(self.mark)
 
     def survivors(self, within_s):
         end = time.monotonic() + within_s

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,20 @@ def alive(pid):
         return False
 
 
+def marked(mark):
+    """All living processes with that DS_TEST_MARK in their environment."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                environ = Path(f"/proc/{name}/environ").read_bytes()
+            except OSError:
+                continue
+            if f"DS_TEST_MARK={mark}".encode() in environ.split(b"\0") and alive(int(name)):
+                found.append(int(name))
+    return found
+
+
 class Job:
     """`deepspeed <flags> script <args>` in a directory of its own; ended for certain when the test ends."""
 
@@ -49,10 +64,11 @@ class Job:
         self.flags, self.args, self.prefix, self.options = flags, args, prefix, options
 
     def __enter__(self):
-        env = dict(os.environ, TEST_DIR=str(self.directory), PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu")
+        self.mark = uuid.uuid4().hex
+        env = dict(os.environ, TEST_DIR=str(self.directory), PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu", DS_TEST_MARK=self.mark)
         env.pop("OMP_NUM_THREADS", None)
         env.update(self.options.pop("env", {}))
-        command = [*self.prefix, sys.executable, "-m", "deepspeed.launcher.runner", "-H", "/nonexistent", *self.flags]
+        command = [*self.prefix, sys.executable, "-m", "deepspeed.launcher.runner", "-H", "", *self.flags]
         self.process = subprocess.Popen([*command, str(self.script), *self.args], env=env, text=True,
                                         stdin=self.options.pop("stdin", subprocess.DEVNULL), stdout=subprocess.PIPE,
                                         stderr=self.options.pop("stderr", subprocess.PIPE), **self.options)
@@ -60,7 +76,7 @@ class Job:
         return self
 
     def __exit__(self, *_):
-        for pid in [self.process.pid, *self.pids()]:
+        for pid in {self.process.pid, *self.pids(), *marked(self.mark)}:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -80,6 +96,16 @@ class Job:
             time.sleep(0.005)
         return self.pids()
 
+    def wait_for_mark(self, name, timeout_s=20):
+        end = time.monotonic() + timeout_s
+        while not (self.directory / name).exists():
+            assert time.monotonic() < end, f"{name} was not marked: {self.output()}"
+            time.sleep(0.005)
+
+    def age_of(self, name):
+        """Seconds since a rank has marked something."""
+        return time.time() - (self.directory / name).stat().st_mtime
+
     def finish(self, timeout_s=30):
         """Wait for the end: (exit code, stdout, stderr)."""
         out, err = self.process.communicate(timeout=timeout_s)
@@ -96,6 +122,13 @@ class Job:
         while any(map(alive, self.pids())) and time.monotonic() < end:
             time.sleep(0.01)
         return [pid for pid in self.pids() if alive(pid)]
+
+    def leftovers(self, within_s=0.0):
+        """The same for all processes of the job, also those that had no time to write themselves down."""
+        end = time.monotonic() + within_s
+        while (left := marked(self.mark)) and time.monotonic() < end:
+            time.sleep(0.01)
+        return left
 
 
 def run(directory, body, **options):

@@ -2,6 +2,7 @@
 """What comes out of a job while it runs, and the odd circumstances a launcher is started in."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,47 @@ def read_until(stream, text, timeout_s=10):
         except BlockingIOError:
             time.sleep(0.01)
     return got
+
+
+FLOOD = """
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(5))
+        mark(f"up{rank}")
+        if rank == 1 and "fail" in sys.argv:
+            wait_for("up0"); time.sleep(1); mark("failing"); os._exit(3)
+        while True: os.write(2, b"x" * 99 + b"\\n")
+        """
+
+
+def test_a_signal_is_obeyed_although_nobody_reads_what_ranks_write(tmp_path):
+    with Job(tmp_path, FLOOD.replace("signal.signal", "# ")) as job:
+        job.wait_for_pids(2)
+        job.wait_for_mark("up0")
+        job.wait_for_mark("up1")
+        time.sleep(1)  # until all pipes are full
+        job.process.terminate()
+        assert job.survivors(within_s=5) == []
+        assert job.process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_a_failure_ends_the_job_although_nobody_reads_what_another_rank_writes(tmp_path):
+    with Job(tmp_path, FLOOD, args=["fail"]) as job:
+        job.wait_for_mark("failing")
+        assert job.survivors(within_s=5 - job.age_of("failing")) == []
+        code, _, err = job.finish()
+        assert code == 3 and "rank 1 (process" in err and "failed first: exit code 3" in err
+
+
+def test_a_slow_reader_gets_all_of_it(tmp_path):
+    """More than all buffers hold: the ranks wait, nothing is lost."""
+    with Job(tmp_path, """
+        for number in range(20): os.write(2, b"%d" % rank * 49_999 + b"\\n")
+        mark(f"done{rank}")
+        """) as job:
+        job.wait_for_pids(2)
+        time.sleep(1)
+        assert not (tmp_path / "done0").exists() and not (tmp_path / "done1").exists()
+        code, _, err = job.finish()
+        assert code == 0 and err.count("0") >= 20 * 49_999 and err.count("1") >= 20 * 49_999
 
 
 def test_a_progress_bar_is_seen_while_it_moves(tmp_path):

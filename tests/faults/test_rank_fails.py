@@ -3,7 +3,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 
@@ -138,12 +137,13 @@ def test_the_others_are_gone_in_time_even_if_they_refuse(tmp_path):
             note(child.pid, "-child")
             time.sleep(60)
         while not [name for name in os.listdir(os.environ["TEST_DIR"]) if "-child" in name]: time.sleep(0.01)
-        sys.exit(9)
+        mark("failing")
+        os._exit(9)
         """) as job:
         job.wait_for_pids(3)
-        begun = time.monotonic()
-        code, _, _ = job.finish()
-        assert code == 9 and time.monotonic() - begun < 5 and job.survivors() == []
+        job.wait_for_mark("failing")
+        assert job.survivors(within_s=5 - job.age_of("failing")) == []
+        assert job.finish()[0] == 9
 
 
 def test_no_orphans_after_success(tmp_path):

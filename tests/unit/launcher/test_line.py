@@ -8,7 +8,7 @@ import pytest
 
 from deepspeed.launcher import line as line_module
 from deepspeed.launcher.head import Head, Listener
-from deepspeed.launcher.line import Line, Lost, connect, own_addresses
+from deepspeed.launcher.line import STRANGER_BYTES, Line, Lost, connect, own_addresses
 from deepspeed.launcher.say import Voice
 
 
@@ -66,6 +66,30 @@ def test_nonsense_is_no_message(ends):
     ends[0]._socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
     with pytest.raises(Lost, match="speaks another language"):
         received(ends[1])
+
+
+def test_a_stranger_may_not_say_much():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stranger = socket.create_connection(server.getsockname())
+        line = Line(server.accept()[0], "a caller", STRANGER_BYTES)
+    try:
+        stranger.sendall(b"x" * 100_000)
+        with pytest.raises(Lost, match="a caller sent a message that is too long"):
+            received(line)
+        assert len(line._text) <= 2 * STRANGER_BYTES
+    finally:
+        stranger.close()
+        line.close()
+
+
+def test_who_is_known_may_say_more(ends):
+    here, there = ends
+    there._max_bytes = STRANGER_BYTES
+    here.send(hello="token")
+    assert received(there) == [{"hello": "token"}]
+    there.trust("host here")
+    here.send(text="x" * 100_000)
+    assert len(received(there)[0]["text"]) == 100_000 and there.other == "host here"
 
 
 def test_waiting_to_begin(ends):

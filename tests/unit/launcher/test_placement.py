@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from deepspeed.launcher import devices, launch
+from deepspeed.launcher import devices, exports, launch
 from deepspeed.launcher.launch import LaunchError, rank_specs
 from deepspeed.launcher.options import parse_args
 from deepspeed.launcher.placement import plan_job, starts_hosts
@@ -115,11 +115,46 @@ def test_commands(machine, script, flags, expected):
     (("--include", "elsewhere"), "host 'elsewhere'"),
     (("--exclude", "localhost"), "no slots are left"),
     (("--num_nodes", "2"), "there is no hostfile"),
-    (("--node_rank", "1"), "--node_rank: only with --no_ssh"),
+    (("--node_rank", "1"), "--node_rank 1: only with --no_ssh"),
 ])  # yapf: disable
 def test_what_is_refused(machine, flags, message):
     with pytest.raises((LaunchError, ValueError), match=message):
         plan(*flags)
+
+
+def test_the_number_of_the_only_host_may_be_said(machine, tmp_path):
+    assert plan("--node_rank", "0").node_rank == 0
+    with pytest.raises(LaunchError, match="--node_rank 0: only with --no_ssh"):
+        plan_job(parse_args([*hostfile(tmp_path, "one slots=2\ntwo slots=3\n"), "--node_rank", "0", "x.py"]), Voice("critical"))
+
+
+def test_a_hostfile_that_was_asked_for_and_is_not_there(machine, capsys, monkeypatch):
+    plan_job(parse_args(["-H", "/no/hosts", "x.py"]), Voice("warning"))
+    assert "--hostfile /no/hosts: no such file; the job runs on this host alone" in capsys.readouterr().err
+    monkeypatch.setattr("deepspeed.launcher.placement.DEFAULT_HOSTFILE", "/no/job/hostfile")
+    plan_job(parse_args(["-H", "/no/job/hostfile", "x.py"]), Voice("warning"))
+    assert capsys.readouterr().err == ""
+
+
+def test_paths_that_cannot_be_used_are_named_with_their_flag(machine, script, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=f"--hostfile {tmp_path}: cannot be read: Is a directory"):
+        plan_job(parse_args(["-H", str(tmp_path), "x.py"]), Voice("critical"))
+    with pytest.raises(LaunchError, match="--enable_each_rank_log /proc/x: cannot be written to"):
+        rank_specs(plan("--enable_each_rank_log", "/proc/x", script=script))
+    (tmp_path / ".deepspeed_env").write_text("A=b\n")
+    monkeypatch.setattr(exports, "DEEPSPEED_ENVIRONMENT_PATHS", [str(tmp_path)])
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(exports, "read_environment_file", refuse)
+    with pytest.raises(ValueError, match=r"\.deepspeed_env: cannot be read: Permission denied"):
+        exports.environment_files()
+
+
+def test_only_the_script_is_required(capsys):
+    with pytest.raises(SystemExit):
+        parse_args([])
+    assert capsys.readouterr().err.rstrip().endswith("the following arguments are required: user_script")
+    assert parse_args(["x.py"]).user_args == [] and parse_args(["x.py", "-a", "b"]).user_args == ["-a", "b"]
 
 
 def test_missing_files_are_named(machine, script, tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What passes through, what is held, and that no byte is lost, whatever the pieces it arrives in."""
 
+import fcntl
 import os
 
 import pytest
@@ -14,7 +15,7 @@ TRACEBACK = HEADER + b"\n  File \"x.py\", line 1, in <module>\n    f()\nValueErr
 @pytest.fixture
 def terminal(monkeypatch):
     written = bytearray()
-    monkeypatch.setattr(relay_module, "write_stderr", written.extend)
+    monkeypatch.setattr(relay_module.terminal, "write", lambda data, source: written.extend(data))
     return written
 
 
@@ -79,10 +80,20 @@ def test_with_a_log_everything_goes_there(terminal, tmp_path):
     relay = Relay(read_end, log)
     os.write(write_end, b"a\n" + TRACEBACK)
     os.close(write_end)
-    relay.read(0.0)
+    relay.read_rest(0.0)
     assert relay.at_end and (tmp_path / "log").read_bytes() == b"a\n" + TRACEBACK
     assert terminal == b"" and relay.take_held() == TRACEBACK
     os.close(log)
+
+
+def test_a_turn_of_the_loop_is_bounded(terminal, pipe):
+    """A rank may write as fast as it is read from."""
+    relay, write = pipe
+    fcntl.fcntl(relay.fd, fcntl.F_SETPIPE_SZ, 1 << 18)
+    write(b"x" * 200_000)
+    assert 0 < len(terminal) <= 1 << 16
+    relay.read_rest(0.0)
+    assert len(terminal) == 200_000 and not relay.at_end
 
 
 def test_a_prompt_is_not_kept_for_ever(terminal, pipe):
