@@ -60,6 +60,8 @@ class Relay:
         self.failed_at: float | None = None  # when the traceback began that was last held, also after its release
         self.at_end = False
         self.resting = False  # not to be read from for now, for whoever looks at many relays
+        self.hurried = False  # its rank is to end: rather leave text out than let it wait for the terminal
+        self.left_out = 0  # bytes
         self.mid_line = False  # what was last written to the terminal, say a progress bar, has not ended its line
         self._maybe = b""
 
@@ -120,7 +122,9 @@ class Relay:
         self._maybe = b""
 
     def _pass_on(self, data: bytes | bytearray) -> None:
-        if self.log_fd is None and data:
+        if self.hurried and self.backlog >= 1:
+            self.left_out += len(data)
+        elif self.log_fd is None and data:
             self.mid_line = data[-1:] != b"\n"
             terminal.write(bytes(data), self)
 

@@ -70,7 +70,7 @@ class Terminal:
                 left_out = sum(len(data) for data, source in self._queue if source is not None)
                 self._queue = deque(entry for entry in self._queue if entry[1] is None)
                 if left_out:
-                    note = f"[deepspeed] {left_out} bytes of the ranks' output are left out: nobody has read them\n"
+                    note = f"[deepspeed] {left_out} bytes of the ranks' output are left out: nobody has read them in time\n"
                     self._queue.append((note.encode(), None))
                 self._given_up = not self._changed.wait_for(self._empty, patience_s)
                 self._queue.clear()

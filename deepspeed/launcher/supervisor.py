@@ -150,12 +150,13 @@ class Supervisor(Watch):
 
     def _rest_or_wake(self, relay: Relay) -> None:
         """See Note [Nobody reads]."""
+        relay.hurried = self.phase in (Phase.STOPPING, Phase.KILLED)
         if relay.at_end:
             relay.resting = False
-        elif relay.resting and relay.backlog < 0.5:
+        elif relay.resting and (relay.hurried or relay.backlog < 0.5):
             relay.resting = False
             self._selector.register(relay.fd, selectors.EVENT_READ, relay)
-        elif not relay.resting and relay.backlog >= 1:
+        elif not relay.resting and not relay.hurried and relay.backlog >= 1:
             relay.resting = True
             self._selector.unregister(relay.fd)
 
@@ -248,6 +249,9 @@ class Supervisor(Watch):
                 rank.relay.release()
         if self._trouble() and any(rank.relay and rank.relay.mid_line for rank in self.ranks):
             terminal.write(b"\n")
+        left_out = sum(rank.relay.left_out for rank in self.ranks if rank.relay)
+        if left_out:
+            self.say("warning", f"{left_out} bytes of the ranks' last output are left out: nobody has read them in time")
         failures = [rank.failure(socket.gethostname()) for rank in self.ranks if rank.failed]
         if self.line is None:
             return tell(failures, self.signal_received, self.say)

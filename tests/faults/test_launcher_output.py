@@ -35,15 +35,17 @@ FLOOD = """
         """
 
 
-def test_a_signal_is_obeyed_although_nobody_reads_what_ranks_write(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_obeyed_although_nobody_reads_what_ranks_write(tmp_path, number):
+    """SIGINT makes Python print a traceback first."""
     with Job(tmp_path, FLOOD.replace("signal.signal", "# ")) as job:
         job.wait_for_pids(2)
         job.wait_for_mark("up0")
         job.wait_for_mark("up1")
         time.sleep(1)  # until all pipes are full
-        job.process.terminate()
+        job.process.send_signal(number)
         assert job.survivors(within_s=5) == []
-        assert job.process.wait(20) == 128 + signal.SIGTERM
+        assert job.process.wait(20) == 128 + number
 
 
 def test_a_failure_ends_the_job_although_nobody_reads_what_another_rank_writes(tmp_path):
