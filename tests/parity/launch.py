@@ -321,14 +321,17 @@ def _payload(function, args, kwargs):
     return pickle.dumps((head, pickle.dumps((args, kwargs))))
 
 
-def run(function, world_size, *args, timeout=DEFAULT_TIMEOUT_S, backend="gloo", **kwargs):
+def run(function, world_size, *args, timeout=DEFAULT_TIMEOUT_S, backend="gloo", fresh=False, **kwargs):
     """Calls function(*args, **kwargs) on world_size ranks and returns the list of their results, in rank order.
 
     Arguments and results are pickled. Raises RankFailure as the module says; skips when a rank calls pytest.skip.
+    `fresh`: on processes that run nothing else, before or after.
     """
     __tracebackhide__ = True
     payload = _payload(function, args, kwargs)
     key = (world_size, backend)
+    if fresh and key in _pools:
+        _pools.pop(key).close()
     pool = _pools.get(key)
     if pool is None:
         pool = _pools[key] = Pool(world_size, backend)
@@ -337,7 +340,7 @@ def run(function, world_size, *args, timeout=DEFAULT_TIMEOUT_S, backend="gloo", 
     except BaseException:
         _pools.pop(key).close()
         raise
-    if not all(report.reusable for report in reports):
+    if fresh or not all(report.reusable for report in reports):
         _pools.pop(key).close()
     for report in reports:
         if report.outcome == "skipped":
@@ -345,14 +348,14 @@ def run(function, world_size, *args, timeout=DEFAULT_TIMEOUT_S, backend="gloo", 
     return [report.value for report in reports]
 
 
-def on_ranks(world_size, *, timeout=DEFAULT_TIMEOUT_S, backend="gloo"):
+def on_ranks(world_size, *, timeout=DEFAULT_TIMEOUT_S, backend="gloo", fresh=False):
     """Decorator: the test's body runs on world_size ranks. See the module's text."""
 
     def decorate(body):
         @functools.wraps(body)
         def test(*args, **kwargs):
             __tracebackhide__ = True
-            run(body, world_size, *args, timeout=timeout, backend=backend, **kwargs)
+            run(body, world_size, *args, timeout=timeout, backend=backend, fresh=fresh, **kwargs)
 
         test._body_on_ranks = body
         return test

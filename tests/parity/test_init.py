@@ -254,7 +254,7 @@ def reset_peak():
         file.write("5")
 
 
-@on_ranks(2)
+@on_ranks(2, fresh=True)  # what earlier tests left in malloc would be counted
 def test_memory_never_holds_the_whole_model():
     with deepspeed.zero.Init():
         nn.Linear(8, 8)  # what opening the transport costs is not the model's
@@ -267,7 +267,7 @@ def test_memory_never_holds_the_whole_model():
     assert_sharded(model)
 
 
-@on_ranks(2)
+@on_ranks(2, fresh=True)
 def test_memory_after_the_fact_is_never_two_copies():
     model = Wide()
     deepspeed.zero.Init(module=nn.Linear(8, 8))
@@ -278,7 +278,7 @@ def test_memory_after_the_fact_is_never_two_copies():
     assert grown < 16, f"64 MB of parameters, cut in place: peak grew by {grown:.0f} MB"
 
 
-@on_ranks(2)
+@on_ranks(2, fresh=True)
 def test_memory_from_init_to_engine():
     cfg = config(3, optimizer={"type": "SGD", "params": {"lr": 0.1}}, zero={"stage3_prefetch_bucket_size": 1_000_000})
     train(engine_of(tiny(), cfg), 1)  # what is loaded once

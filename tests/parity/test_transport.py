@@ -302,7 +302,7 @@ def check_del():
 
 
 def test_transports_can_be_dropped_at_any_time():
-    with_fresh_ranks(check_del, 2)
+    run(check_del, 2, fresh=True)
 
 
 def check_last_owner():
@@ -317,18 +317,6 @@ def check_last_owner():
 
 def test_a_transport_may_be_the_last_owner_of_its_group():
     run(check_last_owner, 2)
-
-
-def with_fresh_ranks(function, ranks):
-    """Ranks that are not used again."""
-    from tests.parity.launch import Pool, _payload
-
-    pool = Pool(ranks)
-    try:
-        reports = pool.run(_payload(function, (), {}), 60)
-        assert all(report.outcome == "ok" for report in reports)
-    finally:
-        pool.close()
 
 
 @on_ranks(2)
