@@ -44,7 +44,7 @@ Region BucketArena::try_acquire(int64_t bytes) {
   return region;
 }
 
-Region BucketArena::acquire(int64_t bytes) {
+Region BucketArena::acquire(int64_t bytes, bool wait) {
   const int64_t size = round_up(bytes, kAlignBytes);
   while (true) {
     Region region = try_acquire(bytes);
@@ -54,6 +54,7 @@ Region BucketArena::acquire(int64_t bytes) {
       busy_.push_back(Busy{region, nullptr});
       return region;
     }
+    if (!wait) return Region{};
     const auto oldest = std::find_if(busy_.begin(), busy_.end(), [](const Busy& b) { return b.work != nullptr; });
     DS_CHECK(oldest != busy_.end(), "gradient buckets: no room for " << bytes << " bytes and nothing under way");
     const std::shared_ptr<comm::ReduceWork> work = oldest->work;

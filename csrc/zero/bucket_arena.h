@@ -29,8 +29,8 @@ class BucketArena {
 
   // Never blocks; an invalid region when nothing is free.
   Region try_acquire(int64_t bytes);
-  // For the flat whose turn it is: blocks until earlier reductions have drained.
-  Region acquire(int64_t bytes);
+  // For the flat whose turn it is: blocks until earlier reductions have drained; without `wait`, invalid when they have not.
+  Region acquire(int64_t bytes, bool wait = true);
   // The region belongs to the reduction until that has drained.
   void issued(Region region, std::shared_ptr<comm::ReduceWork> work);
   void wait_drained();

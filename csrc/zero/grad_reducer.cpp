@@ -156,21 +156,32 @@ void GradReducer::open_bucket(int f) {
   const int64_t bytes = flat.layout.numel() * element_bytes(s.comm_dtype);
   const auto options = at::TensorOptions().dtype(s.comm_dtype).device(store_.device());
   const bool my_turn = next_ < order_.size() && order_[next_] == f;
-  s.region = my_turn ? arena_->acquire(bytes) : arena_->try_acquire(bytes);
+  s.region = my_turn ? arena_->acquire(bytes, may_wait()) : arena_->try_acquire(bytes);
   s.bucket = s.region.valid() ? at::from_blob(arena_->data(s.region), {flat.layout.numel()}, options)
                               : at::empty({flat.layout.numel()}, options);
   for (const plan::Slot& gap : plan::padding_of(flat.layout)) s.bucket.narrow(0, gap.offset, gap.numel).zero_();
   s.open = true;
 }
 
-// A bucket that was filled in private memory moves into the arena when its turn comes.
-void GradReducer::to_region(int f) {
+// Note [Waiting in the middle of backward]
+// A reduction that I wait for may be one that a peer reaches only at the end of its backward, because its graph does not use
+// the unit. Where the carrier wants all ranks to gather in one order, that peer may in turn wait for a gather that I
+// have not started. So there nobody waits for reductions before its own backward is over: a full bucket stays in private memory.
+bool GradReducer::may_wait() const {
+  const bool one_order = store_.options().shard_params && store_.world() > 1 && store_.groups().shard->needs_matching_order();
+  return flushing_ || !one_order;
+}
+
+// A bucket that was filled in private memory moves into the arena when its turn comes; false when there is no room yet.
+bool GradReducer::to_region(int f) {
   FlatState& s = flats_[f];
-  if (s.region.valid()) return;
-  s.region = arena_->acquire(s.bucket.numel() * element_bytes(s.comm_dtype));
+  if (s.region.valid()) return true;
+  s.region = arena_->acquire(s.bucket.numel() * element_bytes(s.comm_dtype), may_wait());
+  if (!s.region.valid()) return false;
   at::Tensor target = at::from_blob(arena_->data(s.region), {s.bucket.numel()}, s.bucket.options());
   target.copy_(s.bucket);
   s.bucket = target;
+  return true;
 }
 
 void GradReducer::write_slot(int f, int slot, const at::Tensor& grad) {
@@ -226,15 +237,18 @@ void GradReducer::fill_missing(int f) {
 void GradReducer::issue_ready() {
   while (next_ < order_.size() && flats_[order_[next_]].missing == 0) {
     fill_missing(order_[next_]);   // what requires no gradient now
-    issue(order_[next_]);
+    if (!issue(order_[next_])) return;
   }
 }
 
-void GradReducer::issue(int f) {
+bool GradReducer::issue(int f) {
   FlatState& s = flats_[f];
   const Flat& flat = store_.flats()[f];
   ++next_;   // before acquire(): from here on it is this flat's turn whatever happens
-  to_region(f);
+  if (!to_region(f)) {
+    --next_;
+    return false;
+  }
   if (s.carry.defined()) {
     s.bucket.add_(s.carry, s.carry_scale / round_scale_);
     s.carry = at::Tensor();
@@ -247,6 +261,7 @@ void GradReducer::issue(int f) {
   arena_->issued(s.region, s.work);
   s.bucket = at::Tensor();
   s.region = Region{};
+  return true;
 }
 
 void GradReducer::sink(int f, const void* const* srcs, int nsrc) {
@@ -289,6 +304,11 @@ void GradReducer::flush(bool force) {
   }
   at::NoGradGuard no_grad;
   if (!in_round_) begin_round();
+  struct Flushing {
+    bool& flag;
+    explicit Flushing(bool& f) : flag(f) { flag = true; }
+    ~Flushing() { flag = false; }
+  } flushing(flushing_);
   while (next_ < order_.size()) {
     const int f = order_[next_];
     fill_missing(f);

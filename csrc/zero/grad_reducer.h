@@ -117,11 +117,12 @@ class GradReducer {
   void begin_round();
   void note_required();
   void open_bucket(int flat);
-  void to_region(int flat);
+  bool to_region(int flat);
+  bool may_wait() const;
   void write_slot(int flat, int slot, const at::Tensor& grad);
   void add_to_carry(int flat, int slot, const at::Tensor& grad);
   void fill_missing(int flat);
-  void issue(int flat);
+  bool issue(int flat);
   void issue_ready();
   void sink(int flat, const void* const* srcs, int nsrc);
   void note_bad(int flat, const void* const* srcs, int nsrc);
@@ -134,6 +135,7 @@ class GradReducer {
   size_t next_ = 0;                   // first of order_ not yet issued in this round
   std::unique_ptr<BucketArena> arena_;
   bool in_round_ = false;
+  bool flushing_ = false;
   bool deferred_ = false;
   double post_scale_ = 1.0;
   double round_scale_ = 1.0;
