@@ -28,18 +28,6 @@ char* at_index(const at::Tensor& t, int64_t i) {
 }
 DType dtype_or_f32(const at::Tensor& t) { return t.defined() ? to_dtype(t.scalar_type()) : DType::F32; }
 
-template <typename F>
-void for_chunks(int64_t n, F&& body) {
-  const int64_t chunks = (n + kChunk - 1) / kChunk;
-  if (chunks <= 1 || at::get_num_threads() == 1) {
-    for (int64_t c = 0; c < chunks; ++c) body(c, c * kChunk, std::min(n, (c + 1) * kChunk));
-    return;
-  }
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) body(c, c * kChunk, std::min(n, (c + 1) * kChunk));
-  });
-}
-
 void sum_chunks(const std::vector<double>& parts, double* stats) {
   stats[0] = stats[1] = 0;
   for (size_t i = 0; i < parts.size(); i += 2) {
@@ -48,7 +36,7 @@ void sum_chunks(const std::vector<double>& parts, double* stats) {
   }
 }
 
-std::vector<double> chunk_stats(int64_t n) { return std::vector<double>(static_cast<size_t>(2 * ((n + kChunk - 1) / kChunk))); }
+std::vector<double> chunk_stats(int64_t n) { return std::vector<double>(static_cast<size_t>(2 * ops::chunks_of(n, kChunk))); }
 
 #ifdef DS_WITH_CUDA
 cudaStream_t stream_of(const at::Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.device().index()).stream(); }
@@ -69,22 +57,6 @@ at::Tensor cuda_workspace(const at::Tensor& like) {
 
 }  // namespace
 
-DType to_dtype(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return DType::F32;
-    case at::kHalf: return DType::F16;
-    case at::kBFloat16: return DType::BF16;
-    case at::kDouble: return DType::F64;
-    case at::kLong: return DType::I64;
-    case at::kInt: return DType::I32;
-    case at::kShort: return DType::I16;
-    case at::kChar: return DType::I8;
-    case at::kByte: return DType::U8;
-    case at::kBool: return DType::BOOL;
-    default: DS_FAIL_VALUE("dtype " << c10::toString(type) << " is not supported here");
-  }
-}
-
 void reduce_sum(const at::Tensor& dst, const void* const* srcs, int nsrc, DType src_dtype, float scale, bool accumulate,
                 const at::Tensor& stats) {
   const int64_t n = dst.numel();
@@ -93,7 +65,7 @@ void reduce_sum(const at::Tensor& dst, const void* const* srcs, int nsrc, DType 
                                       cuda_workspace(dst).data_ptr(), stream_of(dst)));
   std::vector<double> parts = chunk_stats(n);
   const int64_t es = static_cast<int64_t>(dtype_size(src_dtype));
-  for_chunks(n, [&](int64_t c, int64_t begin, int64_t end) {
+  ops::for_chunks(n, kChunk, [&](int64_t c, int64_t begin, int64_t end) {
     std::vector<const void*> moved(static_cast<size_t>(nsrc));
     for (int r = 0; r < nsrc; ++r) moved[r] = static_cast<const char*>(srcs[r]) + begin * es;
     kernels::reduce_sum(f32(dst) + begin, moved.data(), nsrc, src_dtype, scale, accumulate, end - begin, &parts[2 * c]);
@@ -105,7 +77,7 @@ void copy_scale(const at::Tensor& dst, const at::Tensor& src, float scale) {
   const int64_t n = dst.numel();
   const DType to = to_dtype(dst.scalar_type()), from = to_dtype(src.scalar_type());
   DS_ON_CUDA(dst, kernels::copy_scale(ptr(dst), to, ptr(src), from, scale, n, stream_of(dst)));
-  for_chunks(n, [&](int64_t, int64_t begin, int64_t end) {
+  ops::for_chunks(n, kChunk, [&](int64_t, int64_t begin, int64_t end) {
     kernels::copy_scale(at_index(dst, begin), to, at_index(src, begin), from, scale, end - begin);
   });
 }
@@ -114,7 +86,7 @@ void accumulate(const at::Tensor& dst, const at::Tensor& src, float scale) {
   const int64_t n = dst.numel();
   const DType from = to_dtype(src.scalar_type());
   DS_ON_CUDA(dst, kernels::accumulate(f32(dst), ptr(src), from, scale, n, stream_of(dst)));
-  for_chunks(n, [&](int64_t, int64_t begin, int64_t end) {
+  ops::for_chunks(n, kChunk, [&](int64_t, int64_t begin, int64_t end) {
     kernels::accumulate(f32(dst) + begin, at_index(src, begin), from, scale, end - begin);
   });
 }
@@ -124,7 +96,7 @@ void sum_squares(const at::Tensor& x, const at::Tensor& stats) {
   double* out = stats.data_ptr<double>();
   DS_ON_CUDA(x, kernels::sum_squares(f32(x), n, out, cuda_workspace(x).data_ptr(), stream_of(x)));
   std::vector<double> parts = chunk_stats(n);
-  for_chunks(n, [&](int64_t c, int64_t begin, int64_t end) { kernels::sum_squares(f32(x) + begin, end - begin, &parts[2 * c]); });
+  ops::for_chunks(n, kChunk, [&](int64_t c, int64_t begin, int64_t end) { kernels::sum_squares(f32(x) + begin, end - begin, &parts[2 * c]); });
   sum_chunks(parts, out);
 }
 
@@ -144,7 +116,7 @@ void adam(const kernels::Adam& h, float grad_scale, const at::Tensor& p, const a
           const at::Tensor& v, const at::Tensor& low) {
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::adam(h, grad_scale, f32(p), ptr(g), gd, f32(m), f32(v), ptr(low), ld, p.numel(), stream_of(p)));
-  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+  ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
     kernels::adam(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), f32_at(v, b), at_index(low, b), ld, e - b);
   });
 }
@@ -153,7 +125,7 @@ void lion(const kernels::Lion& h, float grad_scale, const at::Tensor& p, const a
           const at::Tensor& low) {
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::lion(h, grad_scale, f32(p), ptr(g), gd, f32(m), ptr(low), ld, p.numel(), stream_of(p)));
-  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+  ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
     kernels::lion(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), at_index(low, b), ld, e - b);
   });
 }
@@ -162,7 +134,7 @@ void adagrad(const kernels::Adagrad& h, float grad_scale, const at::Tensor& p, c
              const at::Tensor& low) {
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::adagrad(h, grad_scale, f32(p), ptr(g), gd, f32(sum), ptr(low), ld, p.numel(), stream_of(p)));
-  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+  ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
     kernels::adagrad(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(sum, b), at_index(low, b), ld, e - b);
   });
 }
@@ -171,7 +143,7 @@ void sgd(const kernels::Sgd& h, float grad_scale, const at::Tensor& p, const at:
          const at::Tensor& low) {
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::sgd(h, grad_scale, f32(p), ptr(g), gd, f32(buf), ptr(low), ld, p.numel(), stream_of(p)));
-  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+  ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
     kernels::sgd(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(buf, b), at_index(low, b), ld, e - b);
   });
 }
@@ -184,7 +156,7 @@ void lamb_direction(const kernels::Lamb& h, float grad_scale, const at::Tensor& 
   DS_ON_CUDA(p, kernels::lamb_direction(h, grad_scale, f32(p), ptr(g), gd, f32(m), f32(v), f32(u), n, out,
                                         cuda_workspace(p).data_ptr(), stream_of(p)));
   std::vector<double> parts = chunk_stats(n);
-  for_chunks(n, [&](int64_t c, int64_t b, int64_t e) {
+  ops::for_chunks(n, kChunk, [&](int64_t c, int64_t b, int64_t e) {
     kernels::lamb_direction(h, grad_scale, f32_at(p, b), at_index(g, b), gd, f32_at(m, b), f32_at(v, b), f32_at(u, b), e - b,
                             &parts[2 * c]);
   });
@@ -197,7 +169,7 @@ void lamb_direction(const kernels::Lamb& h, float grad_scale, const at::Tensor& 
 void lamb_apply(float lr_times_ratio, const at::Tensor& p, const at::Tensor& u, const at::Tensor& low) {
   const DType ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::lamb_apply(lr_times_ratio, f32(p), f32(u), ptr(low), ld, p.numel(), stream_of(p)));
-  for_chunks(p.numel(), [&](int64_t, int64_t b, int64_t e) {
+  ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
     kernels::lamb_apply(lr_times_ratio, f32_at(p, b), f32_at(u, b), at_index(low, b), ld, e - b);
   });
 }

@@ -7,10 +7,11 @@
 
 #include "base/dtype.h"
 #include "kernels/optim/optim.h"
+#include "ops/arguments.h"
 
 namespace ds::optim {
 
-DType to_dtype(at::ScalarType type);
+using ops::to_dtype;
 
 // All tensors are contiguous and one-dimensional; see kernels/reduce/reduce.h for what each does.
 // stats: double[2] on the tensors' device, overwritten with (sum of squares, number of non-finite values).

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Races of one operator against its peers, beside the machine's ceiling: what every tests/bench/<operator>.py is made of.
+
+A case says what it computes, who can compute it and how many bytes any of them must move. It is checked before it is timed, and a wrong
+contender ends the run. Contenders take turns in every round, ours and theirs and a plain copy of the same number of bytes, so that a
+busy machine hurts all alike; medians count. A figure is printed with its rate, its share of the copy's rate and the peers' times over ours.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+OURS, CEILING = "ours", "copy"
+
+
+@dataclass
+class Case:
+    """One race. `contenders` maps names to functions without arguments, "ours" among them. `check()` raises if ours is wrong.
+    `moved_bytes` counts each array once in and once out; 0 leaves the copy out. `bars` maps a peer to the least "peer's time over ours"."""
+    name: str
+    contenders: dict
+    check: object
+    moved_bytes: int = 0
+    bars: dict = field(default_factory=dict)
+
+
+def assert_no_worse(ours, peer, exact, what, times=2.0):
+    """Ours errs from the fp64 value `exact` at most `times` as much as the peer at the same dtype, each by its largest error. An error below
+    one rounding of the largest value is always good enough: peers are sometimes exact by chance."""
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    floor = torch.finfo(ours.dtype).eps / 2 * scale
+    error, allowed = (ours.double() - exact).abs().max().item(), times * (peer.double() - exact).abs().max().item()
+    if not error <= max(allowed, floor):
+        raise AssertionError(f"{what}: error {error:.3g} against fp64, the peer's is {allowed / times:.3g}")
+
+
+def _seconds(body, device, budget_s=0.02):
+    """Seconds one call takes, over as many calls as fill the budget; on a GPU timed by events."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(10):
+            body()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e4
+    calls, begin = 0, time.perf_counter()
+    while True:
+        body()
+        calls += 1
+        spent = time.perf_counter() - begin
+        if spent > budget_s:
+            return spent / calls
+
+
+def run(case, device, rounds):
+    """{"case": name, "<contender>_s": median seconds, ...} after the check has passed."""
+    case.check()
+    contenders = dict(case.contenders)
+    if case.moved_bytes:
+        source = torch.ones(max(1, case.moved_bytes // 8), dtype=torch.float32, device=device)
+        target = torch.empty_like(source)
+        contenders[CEILING] = lambda: target.copy_(source)
+    times = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, body in contenders.items():
+            spent = _seconds(body, device)
+            if turn:  # the first round warms up
+                times[name].append(spent)
+    return {"case": case.name, "moved_bytes": case.moved_bytes, "bars": case.bars,
+            **{f"{name}_s": statistics.median(spent) for name, spent in times.items()}}
+
+
+def line(result):
+    """One printed line of a result, and whether every bar is met."""
+    ours, good = result[f"{OURS}_s"], True
+    text = f"{result['case']:44s} ours {ours * 1e3:9.3f} ms"
+    if result["moved_bytes"]:
+        text += f" {result['moved_bytes'] / ours / 1e9:7.1f} GB/s {result[f'{CEILING}_s'] / ours:5.0%} of copy"
+    for key, seconds in result.items():
+        name = key.removesuffix("_s")
+        if key.endswith("_s") and name not in (OURS, CEILING):
+            bar = result["bars"].get(name)
+            good &= bar is None or seconds / ours >= bar
+            text += f" | {name} {seconds / ours:5.2f}x" + (f" (bar {bar:g}{'' if seconds / ours >= bar else ' MISSED'})" if bar else "")
+    return text, good
+
+
+def main(description, cases, **extra_arguments):
+    """Parses --threads, --rounds, --device, --only, --out (and `extra_arguments`: name=default), then runs cases(args) in order."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--out", help="write the results to this JSON file")
+    for name, default in extra_arguments.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device, results, missed = torch.device(args.device), [], 0
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} thread(s)"
+    print(f"{hardware}, torch {torch.__version__}; medians of {args.rounds} rounds")
+    for case in cases(args):
+        if args.only in case.name:
+            results.append(run(case, device, args.rounds))
+            text, good = line(results[-1])
+            missed += not good
+            print(text, flush=True)
+    if any(result["bars"] for result in results):
+        print(f"{missed} of {len(results)} cases miss a bar")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"hardware": hardware, "torch": torch.__version__, "results": results}, indent=1) + "\n")
