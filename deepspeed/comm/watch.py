@@ -17,6 +17,7 @@ ranks that a launcher ends after another's failure write their flight records wh
 Note [Time that counts]: a suspended process must not count as silence, so a wait's age is summed over the turns of this thread,
 none of which counts for much longer than it can last by itself.
 """
+import contextlib
 import json
 import os
 import queue
@@ -299,10 +300,9 @@ def say(text):
 def leave():
     """The training thread may be stuck in C++: no exception would reach it."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:
-            pass
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe or stream has nobody left to read it
+                stream.flush()
     os._exit(EXIT_CODE)
 
 
@@ -367,7 +367,7 @@ def start(pg_timeout=None, section=None):
     store = dist.distributed_c10d._get_default_store()
     try:
         store = store.clone()
-    except (RuntimeError, NotImplementedError, AttributeError):
+    except RuntimeError:
         logger.warning(f"hang detection is off: {type(store).__name__} cannot be used from two threads")
         return
     store.set_timeout(timedelta(seconds=STORE_PATIENCE_S))

@@ -11,16 +11,19 @@ from deepspeed.device import get_accelerator
 from deepspeed.engine import arguments, build, optimizers
 from deepspeed.engine.accessors import ConfigAccessors
 from deepspeed.engine.batch import BatchSizes
+from deepspeed.engine.compiling import Compilation
 from deepspeed.engine.data import DataMethods
 from deepspeed.engine.inputs import autocast_context, cast_positional
 from deepspeed.engine.join import Join
 from deepspeed.engine.layout import layout_of
+from deepspeed.engine.reduction import GradientReduction
 from deepspeed.engine.reporting import Reporting
 from deepspeed.engine.saving import CheckpointMethods
 from deepspeed.zero.offload import DeepSpeedZeRoOffload
 
 
-class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethods, Reporting, torch.nn.Module):
+class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReduction, Compilation, CheckpointMethods, Reporting,
+                      torch.nn.Module):
     """What initialize() returns. Call it like the model; then backward(loss) and step() for every micro-batch.
 
     `module` is the caller's own model, whose parameters now live in the engine's buffers. Unknown attributes are looked up
@@ -91,7 +94,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         self._data_post_process = self._data_schedules = self.training_dataloader = None
         self._scaled = False
         self._joining = None
-        self._compiled = False
         self._open_telemetry()
 
     def _build(self, model, optimizer, model_parameters):
@@ -317,59 +319,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
         if self._managed is not None and self._managed.reducer is not None:
             self._managed.reducer.zero()
 
-    # ---- when gradients are reduced
-
-    @contextlib.contextmanager
-    def no_sync(self):
-        """Micro-batches whose gradients need not be reduced yet. Stages 0 and 1 keep them whole until the next reduction outside;
-        stages 2 and 3, which never hold whole gradients, reduce as always."""
-        with self._deferred():
-            self._no_sync_depth += 1
-            try:
-                yield
-            finally:
-                self._no_sync_depth -= 1
-
-    @contextlib.contextmanager
-    def coalesce_grad_reduction(self):
-        """Several backwards, one reduction when the block ends (whole gradients are held meanwhile)."""
-        with self._deferred(force=True) as outermost:
-            yield
-        if outermost:
-            self._reduce_carry()
-
-    @contextlib.contextmanager
-    def _deferred(self, force=False):
-        reducer = self._managed.reducer if self._managed is not None else None
-        if reducer is None or reducer.deferred or not (force or self._layout.defer_in_no_sync):
-            yield False
-            return
-        reducer.set_deferred(True)
-        try:
-            yield True
-        finally:
-            reducer.set_deferred(False)
-
-    def allreduce_gradients(self, bucket_size=None):
-        """Gradients are reduced during backward; this only finishes what a no_sync() block has left over."""
-        if self._managed is not None and self._managed.reducer is not None and self._managed.reducer.has_carry():
-            self._reduce_carry()
-
-    def _reduce_carry(self):
-        if self._joining is not None:
-            self._joining.reduction()
-        self._flush_carry()
-
-    def _flush_carry(self):
-        self._managed.reducer.set_refusal("")
-        self._managed.reducer.flush_carry()
-        self._set_default_scale()
-
-    buffered_allreduce_fallback = allreduce_gradients
-
-    def clip_fp32_gradients(self):
-        """Nothing is left to do: step() clips to gradient_clipping, by the exact global norm, at every precision."""
-
     def join(self):
         """Context for loops whose ranks have different numbers of batches: a rank that is done keeps taking part with zeros.
 
@@ -386,25 +335,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, CheckpointMethod
 
     def eval(self):
         return self.train(False)
-
-    def compile(self, backend=None, compile_kwargs=None, schedule=None, compiled_autograd_enabled=False):
-        """Compiles the module in place with torch.compile."""
-        if schedule is not None or compiled_autograd_enabled:
-            raise NotImplementedError("compile: schedules of passes and compiled autograd are not built yet; call compile() without them")
-        self.module.compile(backend=backend or get_accelerator().get_compile_backend(), **(compile_kwargs or {}))
-        self._compiled = True
-
-    @property
-    def is_compiled(self):
-        return self._compiled
-
-    def register_compile_pass(self, pass_name, pass_fn, contract=None):
-        raise NotImplementedError(f"register_compile_pass({pass_name!r}): passes over the compiled graph are not built yet; "
-                                  "engine.compile() runs torch.compile without them")
-
-    def get_compile_time(self):
-        """Seconds that passes over the compiled graph have taken, as [(name, position, seconds)]: none run."""
-        return []
 
     def offload_states(self, include=None, device="cpu", pin_memory=True, non_blocking=False):
         raise NotImplementedError("offload_states: moving the states of training out of the accelerator is not built yet; destroy() frees "

@@ -11,6 +11,7 @@ import os
 import selectors
 import signal
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from .guard import Guard
@@ -38,7 +39,7 @@ class Phase(enum.Enum):
     KILLED = enum.auto()
 
 
-class Watch:
+class Watch(ABC):
     """Run with :meth:`run`, once, from the main thread. Subclasses say what is kept (the methods that raise here)."""
 
     kept = "processes"
@@ -74,43 +75,43 @@ class Watch:
             terminal.stop()
 
     # --- what is kept ------------------------------------------------------------------------------------------------
-    def _start_all(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _start_all(self) -> None: ...
 
+    @abstractmethod
     def _pause_s(self) -> float:
         """How long the loop may sleep when nothing happens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _look(self, events: list) -> None:
         """Take in what has happened."""
-        raise NotImplementedError
 
-    def _trouble(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _trouble(self) -> bool: ...
 
+    @abstractmethod
     def _all_well(self) -> bool:
         """Everything has ended with success."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _settled(self) -> bool:
         """After a failure: no older one can still come to light."""
-        raise NotImplementedError
 
-    def _count(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _count(self) -> int: ...
 
-    def _send(self, number: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _send(self, number: int) -> None: ...
 
+    @abstractmethod
     def _left(self) -> list:
         """What has not ended yet."""
-        raise NotImplementedError
 
-    def _report(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _report(self) -> int: ...
 
-    def _reap_all(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _reap_all(self) -> None: ...
 
     # --- the course of a job -----------------------------------------------------------------------------------------
     def _on_signal(self, number: int) -> None:

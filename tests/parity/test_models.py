@@ -19,131 +19,97 @@ def result(engine, losses, norms):
     return got
 
 
-def by_plain_backward(case, stage, steps, accumulation):
-    engine = start(case.build(), config(stage, accumulation))
-    losses, norms = [], []
-    for step in range(steps):
-        losses.append([])
-        for micro in range(accumulation):
-            loss = engine(*case.batch(step, micro, dist.get_rank()))
-            loss.backward()
-            engine.step()
-            losses[-1].append(loss.item())
-        norms.append(engine.get_global_grad_norm())
-    return result(engine, losses, norms)
+# A way is one update from its micro-batches: way(engine, batches) -> their losses. The engine's own accumulation steps are as many as
+# the batches, except for the ways in ONE_STEP, which divide themselves.
 
-
-def by_the_module(case, stage, steps, accumulation):
-    engine = start(case.build(), config(stage, accumulation))
-    losses, norms = [], []
-    for step in range(steps):
-        losses.append([])
-        for micro in range(accumulation):
-            loss = engine.module(*case.batch(step, micro, dist.get_rank()))
-            engine.backward(loss)
-            engine.step()
-            losses[-1].append(loss.item())
-        norms.append(engine.get_global_grad_norm())
-    return result(engine, losses, norms)
-
-
-def by_no_sync(case, stage, steps, accumulation):
-    engine = start(case.build(), config(stage, accumulation))
-    losses, norms = [], []
-    for step in range(steps):
-        losses.append([])
-        for micro in range(accumulation - 1):
-            with engine.no_sync():
-                loss = engine(*case.batch(step, micro, dist.get_rank()))
-                engine.backward(loss)
-            engine.step()
-            losses[-1].append(loss.item())
-        loss = engine(*case.batch(step, accumulation - 1, dist.get_rank()))
-        engine.backward(loss)
+def by_plain_backward(engine, batches):
+    for batch in batches:
+        loss = engine(*batch)
+        loss.backward()
         engine.step()
-        losses[-1].append(loss.item())
-        norms.append(engine.get_global_grad_norm())
-    return result(engine, losses, norms)
+        yield loss
 
 
-def by_no_sync_throughout(case, stage, steps, accumulation):
+def by_the_module(engine, batches):
+    for batch in batches:
+        yield stepped(engine, engine.module(*batch))
+
+
+def stepped(engine, loss):
+    engine.backward(loss)
+    engine.step()
+    return loss
+
+
+def by_no_sync(engine, batches):
+    for batch in batches[:-1]:
+        with engine.no_sync():
+            loss = engine(*batch)
+            engine.backward(loss)
+        engine.step()
+        yield loss
+    yield stepped(engine, engine(*batches[-1]))
+
+
+def by_no_sync_throughout(engine, batches):
     """Not even the last micro-batch is outside: a hint, not an assertion."""
-    engine = start(case.build(), config(stage, accumulation))
-    losses, norms = [], []
-    for step in range(steps):
-        losses.append([])
-        for micro in range(accumulation):
-            with engine.no_sync():
-                loss = engine(*case.batch(step, micro, dist.get_rank()))
-                engine.backward(loss)
-            engine.step()
-            losses[-1].append(loss.item())
-        norms.append(engine.get_global_grad_norm())
-    return result(engine, losses, norms)
-
-
-def by_one_backward_for_all(case, stage, steps, accumulation):
-    """Several forwards, then one backward of their sum."""
-    engine = start(case.build(), config(stage, 1))
-    losses, norms = [], []
-    for step in range(steps):
-        many = [engine(*case.batch(step, micro, dist.get_rank())) for micro in range(accumulation)]
-        engine.backward(sum(many) / accumulation)
-        engine.step()
-        losses.append([loss.item() for loss in many])
-        norms.append(engine.get_global_grad_norm())
-    return result(engine, losses, norms)
-
-
-def by_several_backwards(case, stage, steps, accumulation):
-    """All forwards first, then all backwards in the other order, one step."""
-    engine = start(case.build(), config(stage, 1))
-    losses, norms = [], []
-    for step in range(steps):
-        many = [engine(*case.batch(step, micro, dist.get_rank())) for micro in range(accumulation)]
-        for loss in reversed(many):
-            engine.backward(loss / accumulation)
-        engine.step()
-        losses.append([loss.item() for loss in many])
-        norms.append(engine.get_global_grad_norm())
-    return result(engine, losses, norms)
-
-
-def by_coalescing(case, stage, steps, accumulation):
-    engine = start(case.build(), config(stage, 1))
-    losses, norms = [], []
-    for step in range(steps):
-        losses.append([])
-        with engine.coalesce_grad_reduction():
-            for micro in range(accumulation):
-                loss = engine(*case.batch(step, micro, dist.get_rank()))
-                engine.backward(loss / accumulation)
-                losses[-1].append(loss.item())
-        engine.step()
-        norms.append(engine.get_global_grad_norm())
-    return result(engine, losses, norms)
-
-
-def with_evaluation_between(case, stage, steps, accumulation):
-    """Evaluation without gradients, in the midst of accumulation and between forward and backward."""
-    engine = start(case.build(), config(stage, accumulation))
-    losses, norms = [], []
-    for step in range(steps):
-        losses.append([])
-        for micro in range(accumulation):
-            loss = engine(*case.batch(step, micro, dist.get_rank()))
-            engine.eval()
-            with torch.no_grad():
-                again = engine(*case.batch(step, micro, dist.get_rank()))
-            engine.train()
-            assert again.item() == loss.item()
+    for batch in batches:
+        with engine.no_sync():
+            loss = engine(*batch)
             engine.backward(loss)
-            engine.step()
-            losses[-1].append(loss.item())
+        engine.step()
+        yield loss
+
+
+def by_one_backward_for_all(engine, batches):
+    """Several forwards, then one backward of their sum."""
+    many = [engine(*batch) for batch in batches]
+    stepped(engine, sum(many) / len(batches))
+    return many
+
+
+def by_several_backwards(engine, batches):
+    """All forwards first, then all backwards in the other order, one step."""
+    many = [engine(*batch) for batch in batches]
+    for loss in reversed(many):
+        engine.backward(loss / len(batches))
+    engine.step()
+    return many
+
+
+def by_coalescing(engine, batches):
+    many = []
+    with engine.coalesce_grad_reduction():
+        for batch in batches:
+            many.append(engine(*batch))
+            engine.backward(many[-1] / len(batches))
+    engine.step()
+    return many
+
+
+def with_evaluation_between(engine, batches):
+    """Evaluation without gradients, in the midst of accumulation and between forward and backward."""
+    for batch in batches:
+        loss = engine(*batch)
+        engine.eval()
+        with torch.no_grad():
+            again = engine(*batch)
+        engine.train()
+        assert again.item() == loss.item()
+        yield stepped(engine, loss)
+
+
+def driven(way, case, stage, steps, accumulation):
+    engine = start(case.build(), config(stage, 1 if way in ONE_STEP else accumulation))
+    losses, norms = [], []
+    for step in range(steps):
+        batches = [case.batch(step, micro, dist.get_rank()) for micro in range(accumulation)]
+        losses.append([loss.item() for loss in way(engine, batches)])
         norms.append(engine.get_global_grad_norm())
     return result(engine, losses, norms)
 
 
+ONE_STEP = (by_one_backward_for_all, by_several_backwards, by_coalescing)
 WAYS = {f.__name__: f for f in (by_plain_backward, by_the_module, by_no_sync, by_no_sync_throughout, by_one_backward_for_all,
                                 by_several_backwards, by_coalescing, with_evaluation_between)}
 SEVERAL_GRAPHS = ("by_one_backward_for_all", "by_several_backwards")
@@ -155,7 +121,7 @@ def in_every_way(way, names, carriers, stages):
         for stage in stages:
             for choice in carriers:
                 with transport(choice):
-                    got = WAYS[way](CASES[name], stage, 4, 3)
+                    got = driven(WAYS[way], CASES[name], stage, 4, 3)
                 results.setdefault(name, got)
                 if way != "by_no_sync" and way != "by_no_sync_throughout":  # there stages 0 and 1 add in another order
                     assert_same_bits(got, results[name], f"{way}: stage {stage} of {name} over {choice}")
