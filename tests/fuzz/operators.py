@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random calls of every operator deepspeed::*: shapes, strides, offsets, dtypes and numbers that fit now and then and are wrong otherwise.
+
+Right is: a result, or a Python exception with a message. Wrong is whatever ends the process (run it by operators.sh, under sanitizers), an
+exception that names nothing, or an operator that no call of the run ever satisfied: then its checks were tested and its kernel was not.
+The last call is in the file given by --last, for the post-mortem.
+"""
+import argparse
+import collections
+import random
+import sys
+import time
+
+import torch
+
+from deepspeed.ops._library import ops
+
+SIZES = (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 32, 33, 64, 65, 100, 128, 256, 257)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OTHERS = (torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64)
+EXPECTED = (ValueError, RuntimeError, NotImplementedError, IndexError, TypeError)
+
+
+class Draw:
+    """The arguments of one call: shapes that belong together, so that a good part of the calls passes the checks."""
+
+    def __init__(self, rng):
+        self.rng = rng
+        dims = rng.choice((1, 2, 2, 3, 3, 4, 4))
+        self.shape = [rng.choice(SIZES[:10] if d < dims - 1 else SIZES) for d in range(dims)]
+        self.dtype = rng.choice(FLOATS)
+        self.wild = rng.random() < 0.3     # one call in three breaks rules on purpose
+
+    def shapes(self):
+        full, rows = self.shape, 1
+        for size in full[:-1]:
+            rows *= size
+        return [full] * 8 + [full[-1:]] * 4 + [full[:-1]] * 2 + [[rows], full[:-1] + [full[-1] * 2], full[:-1] + [full[-1] // 2],
+                                                                 [1] * (len(full) - 1) + full[-1:], [full[-1], full[-1]]]
+
+    def tensor(self, plain=0.6):
+        rng = self.rng
+        shape = list(rng.choice(self.shapes()))
+        if self.wild and rng.random() < 0.3:
+            shape = [rng.choice(SIZES) for _ in range(rng.randrange(5))]
+        dtype = self.dtype if rng.random() < plain else rng.choice(FLOATS + (torch.float32, torch.int64, torch.uint8))
+        if self.wild and rng.random() < 0.2:
+            dtype = rng.choice(OTHERS)
+        return self.fill(self.strided(shape, dtype))
+
+    def strided(self, shape, dtype):
+        """An uninitialised tensor of that shape, contiguous or a view that is not."""
+        rng, kind = self.rng, self.rng.random()
+        if kind < 0.55 or not shape:
+            return torch.empty(shape, dtype=dtype)
+        if kind < 0.7:    # an odd place in memory
+            numel, offset = torch.Size(shape).numel(), rng.randrange(1, 9)
+            return torch.empty(numel + offset, dtype=dtype)[offset:].view(shape)
+        if kind < 0.8:    # every other column
+            return torch.empty(shape[:-1] + [2 * shape[-1]], dtype=dtype)[..., ::2]
+        if kind < 0.9 and len(shape) > 1:
+            a, b = rng.sample(range(len(shape)), 2)
+            swapped = list(shape)
+            swapped[a], swapped[b] = swapped[b], swapped[a]
+            return torch.empty(swapped, dtype=dtype).transpose(a, b)
+        return torch.empty([1] * len(shape), dtype=dtype).expand(shape)   # overlaps itself
+
+    def fill(self, t):
+        rng = self.rng
+        if t.is_floating_point() or t.is_complex():
+            values = torch.randn(t.shape) * rng.choice((0.0, 1.0, 1e-30, 1e30, 100.0))
+            if rng.random() < 0.1 and values.numel():
+                values.view(-1)[rng.randrange(values.numel())] = rng.choice((float("nan"), float("inf"), -float("inf")))
+        else:
+            values = torch.randint(0, rng.choice((1, 2, 8, 100)), t.shape) - (1 if rng.random() < 0.2 else 0)
+        return t.copy_(values) if 0 not in t.stride() or t.numel() < 2 else t.fill_(1)
+
+    def argument(self, kind, default=None, has_default=False):
+        rng, text = self.rng, str(kind)
+        if has_default and rng.random() < 0.4:
+            return default
+        if text.startswith("Optional["):
+            return None if rng.random() < 0.5 else self.argument(kind.getElementType())
+        if text.startswith("List["):
+            return [self.argument(kind.getElementType()) for _ in range(rng.randrange(4))]
+        if text == "Tensor":
+            return self.tensor()
+        if text == "int":
+            return rng.choice((0, 1, 2, 3, 4, 8, 32, 64, 128, self.shape[-1], -1) + ((-2**63, 2**63 - 1, 2**31, 10**12) if self.wild else ()))
+        if text == "float":
+            return rng.choice((0.0, 1.0, 0.5, 1e-5, 0.1) + ((-1.0, float("nan"), float("inf"), 1e308) if self.wild else ()))
+        if text == "bool":
+            return rng.random() < 0.5
+        if text == "str":
+            return rng.choice(("half", "none", "gelu", "gelu_tanh", "silu", "relu", "int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "mean", "sum", ""))
+        raise SystemExit(f"no way to draw an argument of type {text}")
+
+
+def schemas():
+    ops()
+    return sorted((s for s in torch._C._jit_get_all_schemas() if s.name.startswith("deepspeed::")), key=lambda s: s.name)
+
+
+def describe(value):
+    if torch.is_tensor(value):
+        return f"{value.dtype}{list(value.shape)} strides {list(value.stride())} offset {value.storage_offset()}"
+    return repr([describe(v) for v in value]) if isinstance(value, list) else repr(value)
+
+
+def call(schema, rng, last):
+    """(outcome, exception or None) of one random call."""
+    draw = Draw(rng)
+    arguments = {a.name: draw.argument(a.type, a.default_value, a.has_default_value()) for a in schema.arguments}
+    # Backward as well, now and then.
+    if rng.random() < 0.3:
+        for value in arguments.values():
+            if torch.is_tensor(value) and value.is_floating_point() and rng.random() < 0.7:
+                value.requires_grad_()
+    last.seek(0)
+    last.truncate()
+    last.write(f"{schema}\n" + "".join(f"  {name} = {describe(value)}\n" for name, value in arguments.items()))
+    last.flush()
+    namespace, name = schema.name.split("::")
+    try:
+        result = getattr(getattr(getattr(torch.ops, namespace), name), schema.overload_name or "default")(**arguments)
+        outputs = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if torch.is_tensor(t) and t.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.randn_like(t) for t in outputs])
+    except EXPECTED as error:
+        return "refused", error
+    return "done", None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="operators whose name contains this")
+    parser.add_argument("--last", default="last_call.txt")
+    args = parser.parse_args()
+    chosen = [s for s in schemas() if args.only in s.name]
+    if not chosen:
+        sys.exit("no operator has such a name")
+    print(f"{len(chosen)} operators, seed {args.seed}", flush=True)
+    counts, refusals = collections.Counter(), collections.defaultdict(collections.Counter)
+    end, number = time.monotonic() + args.seconds, 0
+    with open(args.last, "w") as last:
+        while time.monotonic() < end:
+            schema = chosen[number % len(chosen)]
+            rng = random.Random(f"{args.seed} {number}")
+            torch.manual_seed(number)
+            outcome, error = call(schema, rng, last)
+            counts[schema.name, outcome] += 1
+            if error is not None:
+                refusals[schema.name][str(error).split("\n")[0][:90]] += 1
+            number += 1
+    silent = []
+    for schema in chosen:
+        name = schema.name
+        print(f"{name:48s} {counts[name, 'done']:7d} done {counts[name, 'refused']:7d} refused, {len(refusals[name])} messages")
+        if "" in refusals[name]:
+            silent.append(name)
+    never = [s.name for s in chosen if not counts[s.name, "done"]]
+    if never or silent:
+        sys.exit(f"never satisfied: {never}; refused without a message: {silent}")
+
+
+if __name__ == "__main__":
+    main()
