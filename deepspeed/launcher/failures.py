@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .relay import last_line
+from .relay import last_line, without_store_warnings
 from .say import Voice, terminal
 
 
@@ -92,7 +92,7 @@ def tell(failures: Sequence[Failure], signal_received: int | None, say: Voice) -
         say("error", f"{first.name} (process {first.pid} on {first.host}) failed first: {describe(first.code)}")
         if not first.text and first.shown:
             say("error", "its traceback is above; it needed long to end")
-    _write(first.text)
+    _write(without_store_warnings(first.text))
     for failure in others:
         if failure.text or not failure.by_us:
             where = "" if failure.host == first.host or failure.rank is None else f" on {failure.host}"

@@ -158,6 +158,15 @@ def last_line(text: bytes) -> str:
     return ""
 
 
+# torch's warning that its store lost the connection to a rank that ended, with the C++ frames behind it.
+_STORE_WARNING = re.compile(r"(?m)^(?:\[rank\d+\]: ?)?\[W[^\]\n]*TCPStore\.cpp[^\n]*\n(?:Exception raised from [^\n]*\n|frame #\d+: [^\n]*\n|<omitting python frames>\n)*\n?")
+
+
+def without_store_warnings(text: str) -> str:
+    """A failed rank's text without what torch adds when the rank that holds its store ends as well: a consequence, and longer than the cause."""
+    return _STORE_WARNING.sub("", text)
+
+
 def _arrived(fd: int) -> int:
     """Bytes in a pipe."""
     return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0]

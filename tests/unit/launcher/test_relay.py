@@ -7,7 +7,7 @@ import os
 import pytest
 
 from deepspeed.launcher import relay as relay_module
-from deepspeed.launcher.relay import HEADER, Relay, last_line
+from deepspeed.launcher.relay import HEADER, Relay, last_line, without_store_warnings
 
 TRACEBACK = HEADER + b"\n  File \"x.py\", line 1, in <module>\n    f()\nValueError: no\nsecond line\n"
 
@@ -114,3 +114,12 @@ def test_a_prompt_is_not_kept_for_ever(terminal, pipe):
 ])  # yapf: disable
 def test_last_line(text, expected):
     assert last_line(text) == expected
+
+
+def test_what_torch_says_of_its_lost_store_is_left_out():
+    cause = "[rank1]: Traceback (most recent call last):\n[rank1]: ValueError: no such file\n"
+    noise = ("[rank1]:[W1121 14:38:29.824397254 TCPStore.cpp:125] [c10d] recvValue failed on SocketImpl(fd=9): Failed to recv, got 0 bytes.\n"
+             "Exception raised from recvBytes at /pytorch/torch/csrc/distributed/c10d/Utils.hpp:682 (most recent call first):\n"
+             "frame #0: c10::Error::Error() + 0x9d (0x7fe7aeb7305d in libc10.so)\n<omitting python frames>\nframe #20: <unknown> + 0x1098ec\n\n")
+    assert without_store_warnings(cause + noise + "more\n") == cause + "more\n"
+    assert without_store_warnings(cause) == cause
