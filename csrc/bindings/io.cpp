@@ -10,7 +10,10 @@
 #include <utility>
 #include <vector>
 
+#include "io/block_reader.h"
+#include "io/crc32c.h"
 #include "io/safetensors.h"
+#include "io/safetensors_stream.h"
 #include "platform/memory.h"
 
 namespace py = pybind11;
@@ -94,9 +97,108 @@ std::pair<std::string, bool> try_files(const std::string& path, const std::strin
   return {files->name(), direct};
 }
 
+// ---- streams and checked blocks ------------------------------------------------------------------------------------
+
+class PyStream {
+ public:
+  PyStream(const std::string& path, const std::vector<std::tuple<std::string, std::string, std::vector<int64_t>>>& entries,
+           const std::map<std::string, std::string>& metadata, int64_t block_bytes, bool durable) {
+    std::vector<ds::io::StreamEntry> list;
+    for (const auto& [name, dtype, shape] : entries) list.push_back({name, dtype_from_name(dtype), shape});
+    ds::io::StreamOptions options;
+    options.block_bytes = block_bytes;
+    options.durable = durable;
+    const py::gil_scoped_release release;
+    stream_ = std::make_unique<ds::io::SafetensorsStream>(engine(), path, list, metadata, options);
+  }
+
+  void write(const std::vector<py::buffer>& buffers) {
+    std::vector<py::buffer_info> infos;
+    for (const py::buffer& buffer : buffers) {
+      infos.push_back(buffer.request());
+      contiguous(infos.back(), infos.back().size * infos.back().itemsize, "the stream");
+    }
+    const py::gil_scoped_release release;
+    for (const py::buffer_info& info : infos) open().write(info.ptr, info.size * info.itemsize);
+  }
+
+  std::pair<int64_t, std::vector<uint32_t>> finish() {
+    const py::gil_scoped_release release;
+    const ds::io::StreamedFile done = open().finish();
+    stream_.reset();
+    return {done.bytes, done.block_sums};
+  }
+
+  void abandon() {
+    const py::gil_scoped_release release;
+    stream_.reset();
+  }
+
+  std::vector<int64_t> offsets() { return open().offsets(); }
+  int64_t bytes() { return open().bytes(); }
+
+ private:
+  ds::io::SafetensorsStream& open() {
+    DS_CHECK(stream_ != nullptr, "the stream is finished");
+    return *stream_;
+  }
+  std::unique_ptr<ds::io::SafetensorsStream> stream_;
+};
+
+using PyRange = std::tuple<int64_t, int64_t, std::string, std::string, py::buffer>;
+
+void read_ranges(ds::io::BlockReader& reader, const std::vector<PyRange>& ranges) {
+  std::vector<ds::io::ReadRange> list;
+  std::vector<py::buffer_info> infos;
+  for (const auto& [offset, numel, from, to, buffer] : ranges) {
+    const ds::DType target = dtype_from_name(to);
+    DS_CHECK_VALUE(numel >= 0, "a range has a negative length");
+    infos.push_back(buffer.request(/*writable=*/true));
+    void* dst = contiguous(infos.back(), numel * static_cast<int64_t>(ds::dtype_size(target)), "a range");
+    list.push_back({offset, numel, dtype_from_name(from), target, dst});
+  }
+  const py::gil_scoped_release release;
+  reader.read(std::move(list));
+}
+
+void bind_streams(py::module_& module) {
+  py::class_<PyStream>(module, "SafetensorsStream", "Writes a new safetensors file piece by piece; an empty path only sums.")
+      .def(py::init<const std::string&, const std::vector<std::tuple<std::string, std::string, std::vector<int64_t>>>&,
+                    const std::map<std::string, std::string>&, int64_t, bool>(),
+           py::arg("path"), py::arg("entries"), py::arg("metadata"), py::arg("block_bytes"), py::arg("durable"))
+      .def_property_readonly("offsets", &PyStream::offsets, "First byte of each entry in the file.")
+      .def_property_readonly("bytes", &PyStream::bytes, "Of the whole file.")
+      .def("write", &PyStream::write, py::arg("buffers"), "The next bytes; the buffers are free again when it returns.")
+      .def("finish", &PyStream::finish, "(bytes, checksums of the blocks); the file is durable then.")
+      .def("abandon", &PyStream::abandon, "Closes the file as it is.");
+  py::class_<ds::io::BlockReader>(module, "BlockReader", "Ranges of a file whose blocks have known checksums.")
+      .def(py::init([](const std::string& path, int64_t file_bytes, int64_t block_bytes, std::vector<uint32_t> sums) {
+             return std::make_unique<ds::io::BlockReader>(engine(), path, file_bytes, block_bytes, std::move(sums));
+           }),
+           py::arg("path"), py::arg("file_bytes"), py::arg("block_bytes"), py::arg("sums"))
+      .def("read", &read_ranges, py::arg("ranges"), "[(byte offset, numel, dtype in the file, dtype wanted, buffer)]")
+      .def("verify", &ds::io::BlockReader::verify, py::call_guard<py::gil_scoped_release>(), "Reads and sums every block.");
+  module.def("crc32c", [](const py::buffer& data, uint32_t crc) {
+    const py::buffer_info info = data.request();
+    const void* bytes = contiguous(info, info.size * info.itemsize, "crc32c");
+    return ds::io::crc32c(bytes, static_cast<size_t>(info.size * info.itemsize), crc);
+  }, py::arg("data"), py::arg("crc") = 0);
+  module.def("crc32c_kind", &ds::io::crc32c_kind, "What computes the checksum: sse4.2, armv8 or tables.");
+  module.def("convert_elements", [](const py::buffer& src, const std::string& from, const py::buffer& dst, const std::string& to) {
+    const ds::DType source = dtype_from_name(from), target = dtype_from_name(to);
+    const py::buffer_info in = src.request(), out = dst.request(/*writable=*/true);
+    const int64_t numel = in.size * in.itemsize / static_cast<int64_t>(ds::dtype_size(source));
+    const void* data = contiguous(in, numel * static_cast<int64_t>(ds::dtype_size(source)), "src");
+    void* into = contiguous(out, numel * static_cast<int64_t>(ds::dtype_size(target)), "dst");
+    const py::gil_scoped_release release;
+    ds::io::convert_elements(data, source, into, target, numel);
+  }, py::arg("src"), py::arg("from_dtype"), py::arg("dst"), py::arg("to_dtype"), "dst = src in another floating-point type.");
+}
+
 }  // namespace
 
 void bind_io(py::module_& module) {
+  bind_streams(module);
   module.def("io_engine_name", [] { return engine().name(); }, "How files are read and written: io_uring or threads.");
   module.def("try_files", &try_files, py::arg("path"), py::arg("backend"), py::arg("bytes"),
              "Writes a file by \"uring\" or \"threads\" and reads it back: (engine's name, whether it went past the page cache).");

@@ -10,13 +10,13 @@
 #include <exception>
 #include <functional>
 #include <optional>
-#include <set>
 #include <tuple>
 #include <utility>
 
 #include "base/checked.h"
 #include "io/chunk.h"
 #include "io/safetensors_header.h"
+#include "io/safetensors_stream.h"
 
 namespace ds::io {
 namespace {
@@ -74,43 +74,10 @@ void check_cover(const std::vector<TensorEntry>& tensors, int64_t data_bytes) {
   }
 }
 
-std::string header_text(const std::vector<TensorSource>& tensors, const std::map<std::string, std::string>& metadata) {
-  std::string text = "{";
-  const auto comma = [&] {
-    if (text.size() > 1) text += ',';
-  };
-  if (!metadata.empty()) {
-    text += "\"__metadata__\":{";
-    bool first = true;
-    for (const auto& [key, value] : metadata) {
-      text += (first ? "" : ",") + json_quote(key) + ":" + json_quote(value);
-      first = false;
-    }
-    text += '}';
-  }
-  int64_t at = 0;
-  for (const TensorSource& tensor : tensors) {
-    const std::optional<int64_t> bytes = size_of(tensor.dtype, tensor.shape);
-    DS_CHECK_VALUE(bytes, "tensor '" << tensor.name << "' has a negative extent or more elements than can be counted");
-    DS_CHECK_VALUE(tensor.data != nullptr || *bytes == 0, "tensor '" << tensor.name << "' has no data");
-    comma();
-    text += json_quote(tensor.name) + ":{\"dtype\":\"" + dtype_name(tensor.dtype) + "\",\"shape\":[";
-    for (size_t i = 0; i < tensor.shape.size(); ++i) text += (i ? "," : "") + std::to_string(tensor.shape[i]);
-    const int64_t end = checked_add(at, *bytes);
-    text += "],\"data_offsets\":[" + std::to_string(at) + "," + std::to_string(end) + "]}";
-    at = end;
-  }
-  return text + '}';
-}
-
-void write_all(FileEngine& engine, const std::string& path, const std::vector<TensorSource>& tensors, const std::string& header) {
+void write_all(FileEngine& engine, const std::string& path, const std::vector<TensorSource>& tensors, const std::string& head) {
   const auto file = engine.open(path, File::Mode::CreateNew);
-  const int64_t data_start = 8 + static_cast<int64_t>(header.size());
-  std::string head(8, '\0');
-  for (int i = 0; i < 8; ++i) head[static_cast<size_t>(i)] = static_cast<char>(static_cast<uint64_t>(header.size()) >> (8 * i));
-  head += header;
   std::vector<std::shared_ptr<Request>> requests = {engine.write(file, 0, head.data(), static_cast<int64_t>(head.size()))};
-  int64_t at = data_start;
+  int64_t at = static_cast<int64_t>(head.size());
   for (const TensorSource& tensor : tensors) {
     const int64_t bytes = *size_of(tensor.dtype, tensor.shape);
     requests.push_back(engine.write(file, at, tensor.data, bytes));
@@ -211,21 +178,22 @@ void write_safetensors(FileEngine& engine, const std::string& path, std::vector<
     return std::make_tuple(-static_cast<int>(dtype_size(a.dtype)), std::cref(a.name)) <
            std::make_tuple(-static_cast<int>(dtype_size(b.dtype)), std::cref(b.name));
   });
-  std::set<std::string> names;
+  std::vector<StreamEntry> entries;
   for (const TensorSource& tensor : tensors) {
-    DS_CHECK_VALUE(tensor.name != "__metadata__", "a tensor cannot be named __metadata__");
-    DS_CHECK_VALUE(names.insert(tensor.name).second, "two tensors are named '" << tensor.name << "'");
+    const std::optional<int64_t> bytes = size_of(tensor.dtype, tensor.shape);
+    DS_CHECK_VALUE(bytes, "tensor '" << tensor.name << "' has a negative extent or more elements than can be counted");
+    DS_CHECK_VALUE(tensor.data != nullptr || *bytes == 0, "tensor '" << tensor.name << "' has no data");
+    entries.push_back({tensor.name, tensor.dtype, tensor.shape});
   }
-  std::string header = header_text(tensors, metadata);
-  header.resize(static_cast<size_t>(round_up(8 + static_cast<int64_t>(header.size()), kDirectAlignment) - 8), ' ');
-  DS_CHECK_VALUE(static_cast<int64_t>(header.size()) <= kMaxHeaderBytes,
-                 "the header of " << path << " would have " << header.size() << " bytes");
+  std::vector<int64_t> offsets;
+  int64_t total_bytes = 0;
+  const std::string head = safetensors_head(entries, metadata, &offsets, &total_bytes);
 
   // Process and time make the name unique: a file left by a killed process never blocks the next save.
   const int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
   const std::string temporary = path + ".tmp." + std::to_string(getpid()) + "." + std::to_string(now);
   try {
-    write_all(engine, temporary, tensors, header);
+    write_all(engine, temporary, tensors, head);
     if (std::rename(temporary.c_str(), path.c_str()) != 0) DS_FAIL_FILE("renaming to " + path, temporary, errno);
   } catch (...) {
     unlink(temporary.c_str());

@@ -217,6 +217,26 @@ class Parser {
 
 RawHeader parse_header_json(const std::string& text) { return Parser(text).parse(); }
 
+std::string write_header_json(const std::vector<HeaderEntry>& tensors, const std::map<std::string, std::string>& metadata) {
+  std::string text = "{";
+  if (!metadata.empty()) {
+    text += "\"__metadata__\":{";
+    bool first = true;
+    for (const auto& [key, value] : metadata) {
+      text += (first ? "" : ",") + json_quote(key) + ":" + json_quote(value);
+      first = false;
+    }
+    text += '}';
+  }
+  for (const HeaderEntry& tensor : tensors) {
+    if (text.size() > 1) text += ',';
+    text += json_quote(tensor.name) + ":{\"dtype\":\"" + tensor.dtype + "\",\"shape\":[";
+    for (size_t i = 0; i < tensor.shape.size(); ++i) text += (i ? "," : "") + std::to_string(tensor.shape[i]);
+    text += "],\"data_offsets\":[" + std::to_string(tensor.begin_bytes) + "," + std::to_string(tensor.end_bytes) + "]}";
+  }
+  return text + '}';
+}
+
 std::string json_quote(const std::string& text) {
   std::string out = "\"";
   for (size_t i = 0; i < text.size();) {

@@ -25,6 +25,18 @@ struct RawHeader {
 // Syntax, encoding and repeated names are checked here, meaning by the caller. Throws SafetensorsError.
 RawHeader parse_header_json(const std::string& text);
 
+// One tensor as the header states it; offsets count from the start of the data.
+struct HeaderEntry {
+  std::string name;
+  std::string dtype;
+  std::vector<int64_t> shape;
+  int64_t begin_bytes = 0;
+  int64_t end_bytes = 0;
+};
+
+// The JSON of a header, tensors in the order given.
+std::string write_header_json(const std::vector<HeaderEntry>& tensors, const std::map<std::string, std::string>& metadata);
+
 // `text` as a JSON string with quotes. Throws SafetensorsError when it is not UTF-8.
 std::string json_quote(const std::string& text);
 

@@ -5,5 +5,8 @@ from deepspeed._lazy import attach, names
 __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.checkpoint.clone", "clone_tensors_for_torch_save"),
     **names("deepspeed.checkpoint.directories", "ensure_directory_exists"),
+    **names("deepspeed.checkpoint.manifest", "Checkpoint"),
+    **names("deepspeed.checkpoint.restricted_pickle", "allow_classes"),
+    **names("deepspeed.checkpoint.source", "CheckpointError", "CheckpointSource", "TensorInfo"),
     "utils": "deepspeed.checkpoint.utils",
 }, dict.fromkeys(("constants", "ds_to_universal", "DeepSpeedCheckpoint"), "checkpoint conversion"))
