@@ -3,5 +3,5 @@
 from deepspeed._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    name: f"deepspeed.ops.{name}" for name in ("adagrad", "adam", "lamb", "lion", "muon")
+    name: f"deepspeed.ops.{name}" for name in ("adagrad", "adam", "fp_quantizer", "lamb", "lion", "muon", "quantizer")
 })
