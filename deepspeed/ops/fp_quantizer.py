@@ -31,8 +31,8 @@ class Quantizer:
         self.orig_shape = self.orig_dtype = self.scale = None
 
     def quantize(self, input, q_bits=8, q_mantisa_bits=3, stochastic_mode=False, return_meta_tensor=False):
-        """The codes: uint8 [groups, bytes of a group], or [bytes] if the last group is shorter. With return_meta_tensor: (codes, scales), scales float32
-        [groups]. stochastic_mode draws its seed from torch's CPU generator."""
+        """The codes: uint8 [groups, bytes of a group], or [bytes] if the last group is shorter. With return_meta_tensor: (codes, scales),
+        scales float32 [groups]. stochastic_mode draws its seed from torch's CPU generator."""
         q = quantizer.quantize(input, _format(q_bits, q_mantisa_bits), self.group_size, stochastic=stochastic_mode)
         self.orig_shape, self.orig_dtype, self.scale = q.shape, q.dtype, q.scale
         whole = input.numel() > 0 and input.numel() % self.group_size == 0

@@ -120,7 +120,8 @@ def dequantize_reduce_quantize(chunks: Sequence[QuantizedTensor], mean=False, *,
                                seed=None, offset=0):
     """As :func:`dequantize_reduce`, quantised once more in the same pass: (QuantizedTensor, sum as a tensor of ``dtype`` or None).
 
-    format, symmetric: of the result; by default the chunks' own (floating-point formats are always symmetric). The group size stays. The sum itself is written only if a dtype is given.
+    format, symmetric: of the result; by default the chunks' own (floating-point formats are always symmetric). The group size stays. The sum
+    itself is written only if a dtype is given.
     """
     data, scale, zero_point = _lists(chunks)
     first = chunks[0]

@@ -90,8 +90,8 @@ struct ConstQuantized {
   const float* zero;
 };
 
-// out = quantised x. With `residual` (nullable, float32[n]) it is x + residual that is quantised, and residual becomes what was lost: (x + residual) -
-// dequantised; 0 in a block that is not finite, so that one overflow does not stay for ever.
+// out = quantised x. With `residual` (nullable, float32[n]) it is x + residual that is quantised, and residual becomes what was lost,
+// (x + residual) - dequantised; 0 in a block that is not finite, so that one overflow does not stay for ever.
 void quantize(const Blocks& blocks, const Rounding& rounding, const void* x, DType x_dt, float* residual, int64_t n, int64_t first,
               int64_t last, const Quantized& out);
 

@@ -292,8 +292,9 @@ def test_reduce_refuses_by_name():
     one = quantizer.quantize(torch.zeros(8), "int8", 4)
     with pytest.raises(ValueError, match="chunks: nothing"):
         quantizer.dequantize_reduce([])
-    for other, name in ((quantizer.quantize(torch.zeros(8), "int4", 4), "format"), (quantizer.quantize(torch.zeros(8), "int8", 8), "group_size"),
-                        (quantizer.quantize(torch.zeros(9), "int8", 4), "shape"), (quantizer.quantize(torch.zeros(8), "int8", 4, False), "symmetric")):
+    for name, arguments in (("format", (8, "int4", 4)), ("group_size", (8, "int8", 8)), ("shape", (9, "int8", 4)),
+                            ("symmetric", (8, "int8", 4, False))):
+        other = quantizer.quantize(torch.zeros(arguments[0]), *arguments[1:])
         with pytest.raises(ValueError, match=rf"chunks\[1\]: {name}"):
             quantizer.dequantize_reduce([one, other])
     with pytest.raises(ValueError, match="out_format must be one of"):
