@@ -3,5 +3,6 @@
 from deepspeed._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    name: f"deepspeed.ops.{name}" for name in ("adagrad", "adam", "fp_quantizer", "lamb", "lion", "muon", "quantizer")
+    name: f"deepspeed.ops.{name}"
+    for name in ("adagrad", "adam", "fp_quantizer", "lamb", "lion", "multi_tensor", "muon", "quantizer", "sgd")
 })

@@ -7,6 +7,7 @@ group's parameters in one call. On any other device the same formula runs in tor
 import torch
 
 from deepspeed._native import lib
+from deepspeed.ops._storage import Storage
 
 # Keys of torch.optim groups that would change the update and that these optimizers do not have.
 _REFUSED = ("amsgrad", "maximize", "differentiable")
@@ -17,21 +18,34 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Parameters may be float32, bfloat16 or float16 of any shape; the arithmetic is float32 and what is narrower is rounded once,
     when written. The given parameter-group dicts are kept, not copied, and read anew at every step; keys that are not known are left alone.
-    ``state[p]`` holds ``step`` (int) and the tensors named in ``state_names``, float32 unless ``fp32_optimizer_states`` is false.
+    ``state[p]`` holds ``step`` (int) and the tensors named in ``state_names``, float32 unless ``fp32_optimizer_states`` is false or the
+    options of ``deepspeed.ops._storage`` say otherwise.
     """
 
     state_names = ()
+    unsigned_states = ("exp_avg_sq",)  # those that are never negative
 
-    def __init__(self, params, defaults, fp32_optimizer_states=True):
-        self._fp32_states = bool(fp32_optimizer_states)
+    def __init__(self, params, defaults, fp32_optimizer_states=True, **storage_options):
+        self._storage = Storage(type(self).__name__, fp32_optimizer_states, **storage_options)
+        self._numbers = {}
         super().__init__(params, defaults)
+
+    @property
+    def storage(self):
+        """How master values and states are kept."""
+        return self._storage
 
     def add_param_group(self, param_group):
         for key in _REFUSED:
             if isinstance(param_group, dict) and param_group.get(key):
                 raise ValueError(f"{type(self).__name__} does not support {key}")
         super().add_param_group(param_group)
-        self._check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        self._check_group(group)
+        for p in group["params"]:
+            self._numbers[p] = len(self._numbers)
+            if self._storage.is_split and p.dtype == torch.float16:
+                raise ValueError(f"{type(self).__name__}: master='split' needs bfloat16 parameters: float16 is no upper half of a float32")
 
     def _check_group(self, group):
         for key in ("lr", "eps", "weight_decay"):
@@ -41,22 +55,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not 0.0 <= float(beta) < 1.0:
                 raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
 
-    def _state_dtype(self, param):
-        return torch.float32 if self._fp32_states else param.dtype
+    def _names_in(self, group):
+        """The states that a group's parameters have."""
+        return self.state_names
 
-    def _state_of(self, param):
+    def _state_of(self, param, names):
         """The parameter's state, made of zeros the first time."""
         state = self.state[param]
         if len(state) == 0:
             state["step"] = 0
-            for name in self.state_names:
-                state[name] = torch.zeros_like(param, dtype=self._state_dtype(param), memory_format=torch.preserve_format)
+            state.update(self._storage.fresh(param, names, self.unsigned_states))
+        elif names and names[-1] not in state:  # SGD whose momentum was zero until now
+            state.update(self._storage.fresh(param, names, self.unsigned_states))
         return state
 
-    def _advance(self, state):
+    @staticmethod
+    def _advance(state):
         step = state["step"]
-        state["step"] = (int(step.item()) if torch.is_tensor(step) else int(step)) + 1
-        return state["step"]
+        state["step"] = step = (int(step.item()) if torch.is_tensor(step) else int(step)) + 1
+        return step
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -66,44 +83,57 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for (device, step), params in self._batches(group).items():
-                grads = [p.grad for p in params]
-                states = [[self.state[p][name] for p in params] for name in self.state_names]
-                self._update(group, step, params, grads, states, _backend(device))
+            self._step_group(group)
         return loss
 
+    def _step_group(self, group):
+        names = self._names_in(group)
+        for (device, _, step), params in self._batches(group).items():
+            states = [self.state[p] for p in params]
+            backend = _backend(device)
+            options = self._storage.call_options(params, states, names, step, self._numbers)
+            if options and backend is not lib():
+                raise ValueError(f"{type(self).__name__}: {', '.join(options)}: no kernel for parameters on {device}")
+            self._update(group, step, params, [p.grad for p in params], [[s[name] for s in states] for name in names], backend, options)
+
     def _batches(self, group):
-        """Parameters with a gradient by (device, number of this update): almost always one batch."""
-        batches = {}
+        """Parameters with a gradient by (device, whether the master is split, number of this update): almost always one batch."""
+        batches, names = {}, self._names_in(group)
+        splits = self._storage.splits
         for p in group["params"]:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            step = self._advance(self._state_of(p))
-            batches.setdefault((p.device, step), []).append(p)
+            step = self._advance(self._state_of(p, names))
+            batches.setdefault((p.device, splits(p), step), []).append(p)
         return batches
 
-    def _update(self, group, step, params, grads, states, backend):
+    def _update(self, group, step, params, grads, states, backend, options):
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def load_state_dict(self, state_dict):
-        """As torch.optim.Optimizer, but float32 states of narrower parameters stay float32 (torch would round them)."""
+        """As torch.optim.Optimizer, but states keep the dtype they have here: torch would round them to the parameter's."""
         super().load_state_dict(state_dict)
         saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        params = [p for g in self.param_groups for p in g["params"]]
-        for saved_id, p in zip(saved_ids, params):
-            for name, value in state_dict["state"].get(saved_id, {}).items():
-                if name in self.state_names and torch.is_tensor(value) and value.is_floating_point():
-                    state = torch.empty_like(p, dtype=self._state_dtype(p), memory_format=torch.preserve_format)
-                    self.state[p][name] = state.copy_(value)
+        owners = [(p, g) for g in self.param_groups for p in g["params"]]
+        for saved_id, (p, group) in zip(saved_ids, owners):
+            saved = state_dict["state"].get(saved_id, {})
+            if saved:
+                names = [name for name in self._names_in(group) if torch.is_tensor(saved.get(name))]
+                self.state[p].update(self._storage.restored(p, self._storage.fresh(p, names, self.unsigned_states), saved))
+
+
+def has_kernels(device):
+    """Whether tensors on `device` are updated in C++."""
+    return device.type == "cpu" or device.type == "cuda" and lib().OPS_HAVE_CUDA
 
 
 def _backend(device):
     """The module whose adam_step, lion_step, ... update parameters on `device`: see Note [Where an update runs]."""
-    native = lib()
-    if device.type == "cpu" or device.type == "cuda" and native.OPS_HAVE_CUDA:
-        return native
+    if has_kernels(device):
+        return lib()
     from deepspeed.ops import reference
     return reference
 

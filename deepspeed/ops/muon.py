@@ -105,12 +105,31 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
+    def load_state_dict(self, state_dict):
+        """As torch.optim.Optimizer, but momenta stay as wide as they are here."""
+        super().load_state_dict(state_dict)
+        _restore_momenta(self, state_dict)
+
+
 SingleDeviceMuon = Muon
+
+
+def _momentum_dtype(p):
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _restore_momenta(optimizer, state_dict):
+    """torch rounds loaded states to the parameter's dtype; the saved momenta are copied again."""
+    saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+    for saved_id, p in zip(saved_ids, (p for g in optimizer.param_groups for p in g["params"])):
+        saved = state_dict["state"].get(saved_id, {}).get("momentum_buffer")
+        if saved is not None:
+            optimizer.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=_momentum_dtype(p), copy=True)
 
 
 def _muon_step(p, state, group):
     if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        state["momentum_buffer"] = torch.zeros_like(p, dtype=_momentum_dtype(p))
     update = muon_update(p.grad, state["momentum_buffer"], beta=float(group["momentum"]), ns_method=group.get("ns_method", "gram"))
     lr = float(group["lr"])
     wide = p if p.dtype in (torch.float32, torch.float64) else p.float()
@@ -169,13 +188,18 @@ class MuonWithAuxAdam(FusedOptimizer):
                     _muon_step(p, self.state[p], group)
         return loss
 
+    def load_state_dict(self, state_dict):
+        """As FusedOptimizer, and momenta stay as wide as they are here."""
+        super().load_state_dict(state_dict)
+        _restore_momenta(self, state_dict)
+
     def _batches(self, group):
         return super()._batches({**group, "params": [p for p in group["params"] if not self._wants_muon(group, p)]})
 
-    def _update(self, group, step, params, grads, states, backend):
+    def _update(self, group, step, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
         backend.adam_step(params, grads, *states, step=step, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
-                          eps=float(group["eps"]), weight_decay=float(group["weight_decay"]), adamw=True, bias_correction=True)
+                          eps=float(group["eps"]), weight_decay=float(group["weight_decay"]), adamw=True, bias_correction=True, **options)
 
 
 SingleDeviceMuonWithAuxAdam = MuonWithAuxAdam

@@ -60,6 +60,19 @@ def adagrad_step(params, grads, sums, *, lr, eps, weight_decay, grad_scale=1.0):
     _each(update, grad_scale, params, grads, sums)
 
 
+def sgd_step(params, grads, momentum_buffers, *, lr, momentum, dampening, weight_decay, nesterov, first_step, grad_scale=1.0):
+    """torch.optim.SGD. momentum_buffers is empty when momentum is 0."""
+
+    def update(p, g, *buffer):
+        g = g + weight_decay * p if weight_decay else g
+        if buffer:
+            buffer[0].copy_(g) if first_step else buffer[0].mul_(momentum).add_(g, alpha=1 - dampening)
+            g = g + momentum * buffer[0] if nesterov else buffer[0]
+        p.add_(g, alpha=-lr)
+
+    _each(update, grad_scale, params, grads, *([momentum_buffers] if momentum_buffers else []))
+
+
 def lamb_step(params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, bias_correction, eps_inside_sqrt,
               min_coeff, max_coeff, grad_scale=1.0):
     """LAMB (You et al. 2020). Returns the trust ratios."""

@@ -25,6 +25,9 @@ def recognise(optimizer):
         return "adagrad", None
     if kind.__module__.startswith("deepspeed.ops."):
         name = kind.__name__
+        if hasattr(optimizer, "storage") and not optimizer.storage.is_plain:
+            raise ValueError(f"optimizer: {name} was made with master, rounding or state_dtype, but the engine keeps master values and states "
+                             "itself: leave these options out")
         if name in ("FusedAdam", "DeepSpeedCPUAdam"):
             mode = bool(getattr(optimizer, "adam_w_mode", getattr(optimizer, "adamw_mode", True)))
             return _adam(optimizer, lambda g: mode)
@@ -34,6 +37,8 @@ def recognise(optimizer):
             return "adagrad", None
         if name == "FusedLamb":
             return "lamb", None
+        if name == "FusedSGD":
+            return "sgd", None
     return None
 
 

@@ -33,14 +33,15 @@ void accumulate(float* dst, const void* src, DType src_dt, float scale, int64_t 
 int64_t first_nonfinite(const void* src, DType src_dt, int64_t n);
 
 // Overwrites `stats` with the statistics of x.
-void sum_squares(const float* x, int64_t n, double* stats);
+void sum_squares(const void* x, DType dt, int64_t n, double* stats);
+inline void sum_squares(const float* x, int64_t n, double* stats) { sum_squares(x, DType::F32, n, stats); }
 
 // Plain scalar loops with the same results bit for bit: the oracle of the tests.
 void reduce_sum_ref(float* dst, const void* const* src, int nsrc, DType src_dt, float scale, bool accumulate, int64_t n, double* stats);
 void copy_scale_ref(void* dst, DType dst_dt, const void* src, DType src_dt, float scale, int64_t n);
 void accumulate_ref(float* dst, const void* src, DType src_dt, float scale, int64_t n);
 int64_t first_nonfinite_ref(const void* src, DType src_dt, int64_t n);
-void sum_squares_ref(const float* x, int64_t n, double* stats);
+void sum_squares_ref(const void* x, DType dt, int64_t n, double* stats);
 
 // CUDA twins (built with DS_CUDA): same elements, launched on `stream`, nothing waits. Array pointers are device pointers; `src` itself is
 // a host array of device pointers, at most kCudaMaxSources. `stats` and the result of first_nonfinite live on the device; the partition of

@@ -20,7 +20,7 @@ void reduce_sum_ref(float* dst, const void* const* src, int nsrc, DType src_dt, 
       dst[i] = accumulate ? dst[i] + sum : sum;
     }
   });
-  if (stats != nullptr) sum_squares_ref(dst, n, stats);
+  if (stats != nullptr) sum_squares_ref(dst, DType::F32, n, stats);
 }
 
 void copy_scale_ref(void* dst, DType dst_dt, const void* src, DType src_dt, float scale, int64_t n) {
@@ -52,13 +52,17 @@ int64_t first_nonfinite_ref(const void* src, DType src_dt, int64_t n) {
   return found;
 }
 
-void sum_squares_ref(const float* x, int64_t n, double* stats) {
-  double lanes[kStatLanes] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    const double value = x[i];
-    lanes[i % kStatLanes] += value * value;
-  }
-  finish_statistics(lanes, x, n, stats);
+void sum_squares_ref(const void* x, DType dt, int64_t n, double* stats) {
+  dispatch_float(dt, "x", [&](auto tag) {
+    using T = decltype(tag);
+    const auto* values = static_cast<const typename T::Raw*>(x);
+    double lanes[kStatLanes] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = T::load(values[i]);
+      lanes[i % kStatLanes] += value * value;
+    }
+    finish_statistics(lanes, [&](int64_t i) { return T::load(values[i]); }, n, stats);
+  });
 }
 
 }  // namespace ds::kernels

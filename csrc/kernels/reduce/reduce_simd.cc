@@ -122,18 +122,23 @@ void CopyScale(void* dst, DType dst_dt, const void* src, DType src_dt, float sca
   });
 }
 
-void SumSquares(const float* x, int64_t n, double* lanes) {
+template <class T>
+void square_loop(T tag, const typename T::Raw* x, int64_t n, double* lanes) {
   Squares squares;
   int64_t i = 0;
   for (; i + kStatLanes <= n; i += kStatLanes) {
-    for (int u = 0; u < kStatLanes / kLanes; ++u) squares.add(u, load_as(F32{}, x + i + u * kLanes));
+    for (int u = 0; u < kStatLanes / kLanes; ++u) squares.add(u, load_as(tag, x + i + u * kLanes));
   }
   if (i < n) {
-    float rest[kStatLanes] = {};
-    std::memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(float));
-    for (int u = 0; u < kStatLanes / kLanes; ++u) squares.add(u, load_as(F32{}, rest + u * kLanes));
+    typename T::Raw rest[kStatLanes] = {};
+    std::memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(rest[0]));
+    for (int u = 0; u < kStatLanes / kLanes; ++u) squares.add(u, load_as(tag, rest + u * kLanes));
   }
   squares.store(lanes);
+}
+
+void SumSquares(const void* x, DType dt, int64_t n, double* lanes) {
+  dispatch_float(dt, "x", [&](auto tag) { square_loop(tag, static_cast<const typename decltype(tag)::Raw*>(x), n, lanes); });
 }
 
 // First index whose exponent bits are all ones, -1 if none.
@@ -183,7 +188,7 @@ void reduce_sum(float* dst, const void* const* src, int nsrc, DType src_dt, floa
   for (int k = 0; k < nsrc; ++k) check_arrays(n, {{src[k], "src"}});
   double lanes[kStatLanes];
   HWY_DYNAMIC_DISPATCH(ReduceSum)(dst, src, nsrc, src_dt, scale, accumulate, n, stats != nullptr ? lanes : nullptr);
-  if (stats != nullptr) finish_statistics(lanes, dst, n, stats);
+  if (stats != nullptr) finish_statistics(lanes, [&](int64_t i) { return dst[i]; }, n, stats);
 }
 
 void copy_scale(void* dst, DType dst_dt, const void* src, DType src_dt, float scale, int64_t n) {
@@ -204,11 +209,15 @@ int64_t first_nonfinite(const void* src, DType src_dt, int64_t n) {
   return HWY_DYNAMIC_DISPATCH(FirstNonfinite)(src, src_dt, n);
 }
 
-void sum_squares(const float* x, int64_t n, double* stats) {
+void sum_squares(const void* x, DType dt, int64_t n, double* stats) {
   check_arrays(n, {{x, "x"}});
   double lanes[kStatLanes];
-  HWY_DYNAMIC_DISPATCH(SumSquares)(x, n, lanes);
-  finish_statistics(lanes, x, n, stats);
+  HWY_DYNAMIC_DISPATCH(SumSquares)(x, dt, n, lanes);
+  dispatch_float(dt, "x", [&](auto tag) {
+    using T = decltype(tag);
+    const auto* values = static_cast<const typename T::Raw*>(x);
+    finish_statistics(lanes, [&](int64_t i) { return T::load(values[i]); }, n, stats);
+  });
 }
 
 }  // namespace ds::kernels

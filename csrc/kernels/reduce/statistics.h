@@ -18,11 +18,13 @@ inline double add_lanes(double* lanes) {
 }
 
 // The squares of finite floats cannot overflow a double sum, so the values need a second look only if the sum is not finite.
-inline void finish_statistics(double* lanes, const float* values, int64_t n, double* stats) {
+// value(i) is element i.
+template <class Value>
+void finish_statistics(double* lanes, const Value& value, int64_t n, double* stats) {
   stats[0] = add_lanes(lanes);
   int64_t bad = 0;
   if (!std::isfinite(stats[0])) {
-    for (int64_t i = 0; i < n; ++i) bad += !std::isfinite(values[i]);
+    for (int64_t i = 0; i < n; ++i) bad += !std::isfinite(value(i));
   }
   stats[1] = static_cast<double>(bad);
 }

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from deepspeed.ops._base import FusedOptimizer, refuse_amsgrad
+from deepspeed.ops._storage import add_options_to
 
 
 class AdamBase(FusedOptimizer):
@@ -8,11 +9,11 @@ class AdamBase(FusedOptimizer):
     state_names = ("exp_avg", "exp_avg_sq")
     adam_w_mode = True
 
-    def _update(self, group, step, params, grads, states, backend):
+    def _update(self, group, step, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
         backend.adam_step(params, grads, *states, step=step, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
                           eps=float(group["eps"]), weight_decay=float(group["weight_decay"]), adamw=bool(self.adam_w_mode),
-                          bias_correction=bool(group.get("bias_correction", True)))
+                          bias_correction=bool(group.get("bias_correction", True)), **options)
 
 
 class FusedAdam(AdamBase):
@@ -22,11 +23,12 @@ class FusedAdam(AdamBase):
     """
 
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0,
-                 amsgrad=False, set_grad_none=True):
+                 amsgrad=False, set_grad_none=True, **storage_options):
         refuse_amsgrad("FusedAdam", amsgrad)
         self.adam_w_mode = 1 if adam_w_mode else 0
         self.set_grad_none = set_grad_none
-        super().__init__(params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay),
+                         **storage_options)
 
     def zero_grad(self, set_to_none=None):
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
@@ -38,3 +40,6 @@ class FusedAdam(AdamBase):
         if grad_scaler is not None:
             raise RuntimeError("FusedAdam.step() takes no grad_scaler: call scaler.step(optimizer) instead")
         return super().step(closure)
+
+
+add_options_to(FusedAdam)

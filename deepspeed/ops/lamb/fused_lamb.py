@@ -2,6 +2,7 @@
 import torch
 
 from deepspeed.ops._base import FusedOptimizer, refuse_amsgrad
+from deepspeed.ops._storage import add_options_to
 
 
 class FusedLamb(FusedOptimizer):
@@ -14,13 +15,14 @@ class FusedLamb(FusedOptimizer):
     state_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, eps_inside_sqrt=False, weight_decay=0.0,
-                 max_grad_norm=0.0, max_coeff=10.0, min_coeff=0.01, amsgrad=False):
+                 max_grad_norm=0.0, max_coeff=10.0, min_coeff=0.01, amsgrad=False, **storage_options):
         refuse_amsgrad("FusedLamb", amsgrad)
         if not 0.0 <= min_coeff <= max_coeff:
             raise ValueError(f"min_coeff and max_coeff must satisfy 0 <= min_coeff <= max_coeff, got {min_coeff} and {max_coeff}")
         self._coefficients = []
         super().__init__(params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, eps_inside_sqrt=eps_inside_sqrt,
-                                      weight_decay=weight_decay, max_grad_norm=max_grad_norm, max_coeff=max_coeff, min_coeff=min_coeff))
+                                      weight_decay=weight_decay, max_grad_norm=max_grad_norm, max_coeff=max_coeff, min_coeff=min_coeff),
+                         **storage_options)
 
     def step(self, closure=None, grads=None, output_params=None, scale=None, grad_norms=None):
         """One update. Only `closure` is meant; the other arguments exist to be refused."""
@@ -29,13 +31,13 @@ class FusedLamb(FusedOptimizer):
         self._coefficients = []
         return super().step(closure)
 
-    def _update(self, group, step, params, grads, states, backend):
+    def _update(self, group, step, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
         self._coefficients += backend.lamb_step(
             params, grads, *states, step=step, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2), eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]), bias_correction=bool(group["bias_correction"]),
             eps_inside_sqrt=bool(group["eps_inside_sqrt"]), min_coeff=float(group["min_coeff"]), max_coeff=float(group["max_coeff"]),
-            grad_scale=self._clip_scale(group))
+            grad_scale=self._clip_scale(group), **options)
 
     def _clip_scale(self, group):
         limit = float(group["max_grad_norm"])
@@ -48,3 +50,6 @@ class FusedLamb(FusedOptimizer):
     def get_lamb_coeffs(self):
         """The ratios of the last step, one a parameter that had a gradient, in the order of the groups."""
         return list(self._coefficients)
+
+
+add_options_to(FusedLamb)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from deepspeed.ops._base import FusedOptimizer
+from deepspeed.ops._storage import add_options_to
 
 
 class LionBase(FusedOptimizer):
@@ -7,10 +8,10 @@ class LionBase(FusedOptimizer):
 
     state_names = ("exp_avg",)
 
-    def _update(self, group, step, params, grads, states, backend):
+    def _update(self, group, step, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
         backend.lion_step(params, grads, *states, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
-                          weight_decay=float(group["weight_decay"]))
+                          weight_decay=float(group["weight_decay"]), **options)
 
 
 class FusedLion(LionBase):
@@ -19,9 +20,9 @@ class FusedLion(LionBase):
     `set_grad_none`: zero_grad() drops gradients instead of zeroing them.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, set_grad_none=True, adamw_mode=None):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, set_grad_none=True, adamw_mode=None, **storage_options):
         self.set_grad_none = set_grad_none
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), **storage_options)
 
     def zero_grad(self, set_to_none=None):
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
@@ -31,3 +32,6 @@ class FusedLion(LionBase):
         if any(x is not None for x in (grads, output_params, scale, grad_norms)):
             raise RuntimeError("FusedLion.step() takes no grads, output_params, scale or grad_norms: gradients are read from the parameters")
         return super().step(closure)
+
+
+add_options_to(FusedLion)

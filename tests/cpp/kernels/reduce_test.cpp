@@ -96,16 +96,23 @@ TEST(ReduceSum, LargestFloatsAreFinite) {
 
 TEST(SumSquares, HasTheBitsOfTheReferenceAndTheRightValue) {
   for_every_slice([](int64_t n, int64_t offset) {
-    Array x(DType::F32, n, offset);
-    x.fill(7);
-    double got[2], want[2];
-    sum_squares(x.floats(), n, got);
-    sum_squares_ref(x.floats(), n, want);
-    EXPECT_EQ(got[0], want[0]);
-    long double exact = 0;
-    for (int64_t i = 0; i < n; ++i) exact += static_cast<long double>(x.get(i)) * x.get(i);
-    // n / 16 additions to a lane and 4 to join them, each off by at most half an ulp of the sum.
-    EXPECT_LE(std::abs(static_cast<double>(got[0] - exact)), (n / 16 + 5) * 0x1p-53 * got[0]);
+    for (DType dt : kFloats) {
+      Array x(dt, n, offset);
+      x.fill(7);
+      double got[2], want[2];
+      sum_squares(x.data(), dt, n, got);
+      sum_squares_ref(x.data(), dt, n, want);
+      EXPECT_EQ(got[0], want[0]);
+      EXPECT_EQ(got[1], 0.0);
+      long double exact = 0;
+      for (int64_t i = 0; i < n; ++i) exact += static_cast<long double>(x.get(i)) * x.get(i);
+      // n / 16 additions to a lane and 4 to join them, each off by at most half an ulp of the sum.
+      EXPECT_LE(std::abs(static_cast<double>(got[0] - exact)), (n / 16 + 5) * 0x1p-53 * got[0]);
+      if (n == 0) continue;
+      x.set(n - 1, std::numeric_limits<float>::infinity());
+      sum_squares(x.data(), dt, n, got);
+      EXPECT_EQ(got[1], 1.0);
+    }
   });
 }
 

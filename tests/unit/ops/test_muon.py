@@ -97,6 +97,7 @@ def test_state_dict_round_trip():
     with torch.no_grad():
         q.copy_(p), c.copy_(b)
     second.load_state_dict(first.state_dict())
+    assert torch.equal(second.state[q]["momentum_buffer"], first.state[p]["momentum_buffer"])  # float32, not rounded to the parameter's dtype
     q.grad, c.grad = p.grad.clone(), b.grad.clone()
     first.step(), second.step()
     assert torch.equal(p.detach(), q.detach()) and torch.equal(b.detach(), c.detach())

@@ -15,6 +15,7 @@ from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeed.ops.sgd import FusedSGD
 
 STEPS = 100
 SHAPES = [(1,), (7,), (8,), (9,), (33, 31), (4099,), ()]
@@ -62,6 +63,12 @@ TORCH_CASES = {
                            lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.4, 0.9)), {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}),
     "adagrad": (lambda p: DeepSpeedCPUAdagrad(p, lr=1e-2, weight_decay=0.01), lambda p: torch.optim.Adagrad(p, lr=1e-2, weight_decay=0.01),
                 {"exp_avg_sq": "sum"}),
+    "sgd": (lambda p: FusedSGD(p, lr=1e-2, weight_decay=0.1), lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.1), {}),
+    "sgd with momentum": (lambda p: FusedSGD(p, lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.1),
+                          lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.1),
+                          {"momentum_buffer": "momentum_buffer"}),
+    "nesterov": (lambda p: FusedSGD(p, lr=1e-2, momentum=0.9, nesterov=True), lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+                 {"momentum_buffer": "momentum_buffer"}),
 }
 
 
@@ -139,7 +146,8 @@ def test_float32_against_the_formula(case):
 
 
 @pytest.mark.parametrize("make", [lambda p: FusedAdam(p, weight_decay=0.1), lambda p: FusedLion(p, weight_decay=0.1),
-                                  lambda p: FusedLamb(p, weight_decay=0.1), lambda p: DeepSpeedCPUAdagrad(p, weight_decay=0.1)])
+                                  lambda p: FusedLamb(p, weight_decay=0.1), lambda p: DeepSpeedCPUAdagrad(p, weight_decay=0.1),
+                                  lambda p: FusedSGD(p, momentum=0.9, nesterov=True), lambda p: FusedSGD(p, weight_decay=0.1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fallback_agrees_with_the_kernels(make, dtype, monkeypatch):
     kernel, fallback = parameters(dtype), parameters(dtype)
@@ -249,6 +257,80 @@ def test_zenflow_says_that_it_is_not_built(name):
     from deepspeed.ops import adam
     with pytest.raises(NotImplementedError, match=f"{name} is not built yet"):
         getattr(adam, name)([torch.nn.Parameter(torch.ones(4))], lr=1e-3)
+
+
+def test_sgd_groups():
+    p = torch.nn.Parameter(torch.ones(4))
+    for options, message in [(dict(momentum=-1.0), "momentum must not be"), (dict(nesterov=True), "nesterov needs"), (dict(lr=-1.0), "lr must not be"),
+                             (dict(momentum=0.9, dampening=0.1, nesterov=True), "nesterov needs")]:
+        with pytest.raises(ValueError, match=message):
+            FusedSGD([p], **options)
+    optimizer = FusedSGD([p], lr=0.5)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.9  # a buffer appears when it is needed
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.zeros(4)) and torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones(4))
+    optimizer.zero_grad()
+    assert p.grad is None
+
+
+def grouped(dtype=torch.float32, **options):
+    params = parameters(dtype)
+    groups = [{"params": params[:4], "lr": 1e-2}, {"params": params[4:], "lr": 1e-3}]
+    return params, DeepSpeedCPUAdam(groups, weight_decay=0.1, **options)
+
+
+@pytest.mark.parametrize("options", [{}, dict(master="split"), dict(state_dtype="8bit"), dict(rounding="stochastic")])
+def test_subgroups_step_alone_and_are_rolled_back_to_the_bit(options):
+    (params, ours), (plain, theirs) = grouped(torch.bfloat16, **options), grouped(torch.bfloat16, **options)
+
+    def equal():
+        return all(torch.equal(p, q) and {k: v for k, v in ours.state[p].items() if not torch.is_tensor(v)}
+                   == {k: v for k, v in theirs.state[q].items() if not torch.is_tensor(v)}
+                   and all(torch.equal(v, theirs.state[q][k]) for k, v in ours.state[p].items() if torch.is_tensor(v))
+                   for p, q in zip(params, plain))
+
+    for step in range(4):
+        for p, q, g in zip(params, plain, gradients(step, params, torch.bfloat16)):
+            p.grad = q.grad = g
+        ours.step_subgroup(0)
+        assert not torch.equal(params[2], plain[2]) and torch.equal(params[4], plain[4])
+        ours.rollback_subgroup(0)
+        assert equal(), step
+        ours.step_subgroup(0), ours.step_subgroup(1)
+        theirs.step()
+        assert equal(), step
+        ours.rollback_subgroup(1), ours.rollback_subgroup(0)
+        ours.step()
+        assert equal(), step
+    with pytest.raises(RuntimeError, match="no step to undo"):
+        ours.rollback_subgroup(0)  # step() is not a step of the subgroup
+    with pytest.raises(ValueError, match="subgroup_id must lie in"):
+        ours.step_subgroup(2)
+
+
+def test_a_rolled_back_step_can_be_done_again_with_other_gradients():
+    params, optimizer = grouped()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    assert optimizer.step_subgroup(0, lambda: 3.5) == 3.5
+    assert optimizer.rollback_subgroup(0, lambda: 2.5) == 2.5
+    assert all(torch.equal(p, b) for p, b in zip(params, before)) and len(optimizer.state[params[0]]) == 0
+    optimizer.step_subgroup(0)
+    assert all(not torch.equal(p, b) for p, b in zip(params[:4], before))
+
+
+def test_twenty_thousand_small_parameters_are_updated_as_one_large_one():
+    small = [torch.nn.Parameter(torch.full((64,), 1.0 + i % 7)) for i in range(20_000)]
+    large = torch.nn.Parameter(torch.cat([p.detach() for p in small]))
+    large.grad = torch.randn(large.shape, generator=torch.Generator().manual_seed(0))
+    for p, g in zip(small, large.grad.split(64)):
+        p.grad = g
+    for params in (small, [large]):
+        FusedAdam(params, lr=1e-2, weight_decay=0.1).step()
+    assert torch.equal(torch.cat([p.detach() for p in small]), large.detach())
 
 
 def test_bad_input_is_named():
