@@ -9,6 +9,8 @@
 #define DS_KERNELS_PHILOX_SIMD_INL_H_
 #endif
 
+#include <cstring>
+
 #include "kernels/philox.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -34,9 +36,6 @@ class PhiloxVectors {
       for (int k = 0; k < 4; ++k) out[v + k] = hn::Set(D(), group.word[k]);
     }
   }
-
- private:
-  uint64_t seed_, offset_;
 #else
   PhiloxVectors(uint64_t seed, uint64_t offset) : low_(offset / 4) {
     for (int r = 0; r < kPhiloxRounds; ++r) {
@@ -70,8 +69,30 @@ class PhiloxVectors {
       }
     }
   }
+#endif
+
+  // out[0..n) = the words of elements first .. first + n - 1; first is a multiple of 4.
+  HWY_INLINE void fill(uint64_t first, int64_t n, uint32_t* out) const {
+    constexpr int kChains = 4;
+    constexpr int64_t kStep = kChains * kWords;
+    const D d;
+    Words words[kChains];
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      draw(first + static_cast<uint64_t>(i), words);
+      for (int v = 0; v < kChains; ++v) hn::StoreU(words[v], d, out + i + v * kWords);
+    }
+    if (i >= n) return;
+    uint32_t rest[kStep];
+    draw(first + static_cast<uint64_t>(i), words);
+    for (int v = 0; v < kChains; ++v) hn::StoreU(words[v], d, rest + v * kWords);
+    std::memcpy(out + i, rest, static_cast<size_t>(n - i) * sizeof(uint32_t));
+  }
 
  private:
+#if HWY_TARGET == HWY_SCALAR
+  uint64_t seed_, offset_;
+#else
   // a 0 b 0 in every block.
   static HWY_INLINE Words pair(uint32_t a, uint32_t b) {
     const D d;

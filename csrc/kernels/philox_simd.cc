@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/simd_targets.h"
 
-#include <cstring>
-
 #include "kernels/philox.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -15,23 +13,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace ds::kernels::HWY_NAMESPACE {
 
-void PhiloxFill(uint64_t seed, uint64_t offset, uint64_t first, int64_t n, uint32_t* out) {
-  constexpr int kChains = 4;
-  constexpr int64_t kStep = kChains * PhiloxVectors::kWords;
-  const hn::ScalableTag<uint32_t> d;
-  const PhiloxVectors generator(seed, offset);
-  PhiloxVectors::Words words[kChains];
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    generator.draw(first + static_cast<uint64_t>(i), words);
-    for (int v = 0; v < kChains; ++v) hn::StoreU(words[v], d, out + i + v * PhiloxVectors::kWords);
-  }
-  if (i == n) return;
-  uint32_t rest[kStep];
-  generator.draw(first + static_cast<uint64_t>(i), words);
-  for (int v = 0; v < kChains; ++v) hn::StoreU(words[v], d, rest + v * PhiloxVectors::kWords);
-  std::memcpy(out + i, rest, static_cast<size_t>(n - i) * sizeof(uint32_t));
-}
+void PhiloxFill(uint64_t seed, uint64_t offset, uint64_t first, int64_t n, uint32_t* out) { PhiloxVectors(seed, offset).fill(first, n, out); }
 
 }  // namespace ds::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// deepspeed::bias_act: act(x + bias), and its gradients. Nothing but the inputs is kept for the backward pass.
+#include "ops/activation.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "ops/bias.h"
+
+namespace ds::ops {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void check(const Tensor& x, const Tensor& bias) {
+  check_float(x, "x");
+  if (!bias.defined()) return;
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have a dimension for the bias");
+  check_vector(bias, "bias", x.size(-1), x, "x");
+}
+
+Tensor bias_act_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act) {
+  const Tensor bias = value_or_undefined(bias_in);
+  check(x_in, bias);
+  const auto activation = activation_named(act);
+  const Tensor x = x_in.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  const Rows shape = rows_of(x, bias);
+  const FloatVector b(bias);
+  const DType dtype = to_dtype(x.scalar_type());
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t unit = static_cast<int64_t>(x.element_size());
+  if (!bias.defined()) {
+    for_chunks(shape.cols, kChunkElements, [&](int64_t, int64_t begin, int64_t end) {
+      kernels::bias_act(activation, dtype, from + begin * unit, nullptr, to + begin * unit, 1, end - begin);
+    });
+  } else {
+    for_chunks(shape.rows, rows_in_chunk(shape.cols), [&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * shape.cols * unit;
+      kernels::bias_act(activation, dtype, from + at, b.data(), to + at, end - begin, shape.cols);
+    });
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& bias_in,
+                                                 std::string_view act) {
+  const Tensor bias = value_or_undefined(bias_in);
+  check(x_in, bias);
+  check_like(grad_in, "grad", x_in, "x");
+  const auto activation = activation_named(act);
+  const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
+  Tensor dx = at::empty(x.sizes(), x.options());
+  const Rows shape = rows_of(x, bias);
+  const DType dtype = to_dtype(x.scalar_type());
+  const auto *dy = static_cast<const char*>(grad.const_data_ptr()), *from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(dx.mutable_data_ptr());
+  const int64_t unit = static_cast<int64_t>(x.element_size());
+  if (!bias.defined()) {
+    for_chunks(shape.cols, kChunkElements, [&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * unit;
+      kernels::bias_act_backward(activation, dtype, dy + at, from + at, nullptr, to + at, nullptr, 1, end - begin);
+    });
+    return {dx, no_gradient(x)};
+  }
+  const FloatVector b(bias);
+  ColumnSums sums(shape.rows, shape.cols);
+  for_chunks(shape.rows, sums.chunk(), [&](int64_t index, int64_t begin, int64_t end) {
+    const int64_t at = begin * shape.cols * unit;
+    kernels::bias_act_backward(activation, dtype, dy + at, from + at, b.data(), to + at, sums.part(index), end - begin, shape.cols);
+  });
+  return {dx, sums.join(bias)};
+}
+
+#ifdef DS_WITH_CUDA
+Tensor bias_act_cuda(const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act) {
+  const Tensor bias_any = value_or_undefined(bias_in);
+  check(x_in, bias_any);
+  const auto activation = activation_named(act);
+  const OnGpu gpu(x_in);
+  const Tensor x = x_in.contiguous(), bias = bias_any.defined() ? bias_any.contiguous() : bias_any;
+  Tensor y = at::empty(x.sizes(), x.options());
+  const Rows shape = rows_of(x, bias);
+  const DType bias_dtype = bias.defined() ? to_dtype(bias.scalar_type()) : DType::F32;
+  kernels::bias_act(activation, to_dtype(x.scalar_type()), data(x), data(bias), bias_dtype, mutable_data(y), shape.rows, shape.cols,
+                    gpu.stream());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_act_backward_cuda(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& bias_in,
+                                                  std::string_view act) {
+  const Tensor bias_any = value_or_undefined(bias_in);
+  check(x_in, bias_any);
+  check_like(grad_in, "grad", x_in, "x");
+  const auto activation = activation_named(act);
+  const OnGpu gpu(x_in);
+  const Tensor x = x_in.contiguous(), grad = grad_in.contiguous(), bias = bias_any.defined() ? bias_any.contiguous() : bias_any;
+  Tensor dx = at::empty(x.sizes(), x.options());
+  const Rows shape = rows_of(x, bias);
+  Tensor dbias = bias.defined() ? at::empty(bias.sizes(), bias.options()) : no_gradient(x);
+  Tensor workspace;
+  if (bias.defined()) workspace = at::empty({kernels::cuda_bias_sums_bytes(shape.rows, shape.cols)}, x.options().dtype(at::kByte));
+  const DType bias_dtype = bias.defined() ? to_dtype(bias.scalar_type()) : DType::F32;
+  kernels::bias_act_backward(activation, to_dtype(x.scalar_type()), data(grad), data(x), data(bias), bias_dtype, mutable_data(dx),
+                             bias.defined() ? mutable_data(dbias) : nullptr, shape.rows, shape.cols, mutable_data(workspace), gpu.stream());
+  return {dx, dbias};
+}
+#endif
+
+Tensor bias_act_meta(const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  activation_named(act);
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+
+std::tuple<Tensor, Tensor> bias_act_backward_meta(const Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  Tensor dbias = bias.has_value() ? at::empty_symint(bias->sym_sizes(), bias->options()) : no_gradient(x);
+  return {at::empty_symint(x.sym_sizes(), x.options()), dbias};
+}
+
+using Forward = Tensor(const Tensor&, const OptionalTensor&, std::string_view);
+using Backward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view);
+
+struct BiasAct : torch::autograd::Function<BiasAct> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, const std::string& act) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = find_op<Forward>("deepspeed::bias_act");
+    ctx->save_for_backward({x, value_or_undefined(bias)});
+    ctx->saved_data["act"] = act;
+    return op.call(x, bias, act);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    static const auto op = find_op<Backward>("deepspeed::bias_act_backward");
+    const auto saved = ctx->get_saved_variables();
+    const bool has_bias = saved[1].defined();
+    const auto [dx, dbias] = op.call(grads[0], saved[0], has_bias ? OptionalTensor(saved[1]) : std::nullopt,
+                                     ctx->saved_data["act"].toStringRef());
+    return {dx, has_bias ? dbias : Tensor(), Tensor()};
+  }
+};
+
+Tensor bias_act_autograd(const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  return BiasAct::apply(x, bias, std::string(act));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
+  m.def("bias_act(Tensor x, Tensor? bias, str act) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("bias_act_backward(Tensor grad, Tensor x, Tensor? bias, str act) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
+  m.impl("bias_act", bias_act_cpu);
+  m.impl("bias_act_backward", bias_act_backward_cpu);
+}
+#ifdef DS_WITH_CUDA
+TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
+  m.impl("bias_act", bias_act_cuda);
+  m.impl("bias_act_backward", bias_act_backward_cuda);
+}
+#endif
+TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
+  m.impl("bias_act", bias_act_meta);
+  m.impl("bias_act_backward", bias_act_backward_meta);
+}
+TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
+  m.impl("bias_act", bias_act_autograd);
+  m.impl("bias_act_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace ds::ops

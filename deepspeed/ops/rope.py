@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding of queries and keys (Su et al., "RoFormer", 2021), fused."""
+import torch
+
+from deepspeed.ops._library import ops
+
+_LAYOUTS = {"bshd": False, "bhsd": True}
+_STYLES = {"half": False, "interleaved": True}
+
+
+def _choice(table, value, name):
+    if value not in table:
+        raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
+    return table[value]
+
+
+def apply_rotary(q, k, cos, sin, positions=None, *, layout="bshd", style="half", rotary_dim=None):
+    """(q, k) with each pair of elements rotated by its token's angle; in float32, rounded once to the dtype of q.
+
+    q, k: [batch, seq, heads, dim] (layout "bshd") or [batch, heads, seq, dim] ("bhsd"), float32, bfloat16 or float16, any strides; they may
+    differ in the number of heads; either may be None and is None in the result then.
+    cos, sin: of the angles, float32 or q's dtype: [seq, w] or [batch, seq, w], one row a token, or with `positions` (int64, [seq] or
+    [batch, seq]) [rows, w], of which each token takes the row that its position says. w is rotary_dim / 2 or rotary_dim; the wide form is in the
+    order of the elements (for "half" the narrow table twice side by side, for "interleaved" each column twice).
+    style: "half" pairs element i with i + rotary_dim / 2 (Llama, NeoX), "interleaved" 2 i with 2 i + 1 (GPT-J).
+    rotary_dim: how many elements of a head are rotated, None for all; the rest goes through.
+
+    Differentiable in q and k; the tables are constants. ValueError names the argument that does not fit. On a GPU a position outside the table
+    cannot raise and gives NaN."""
+    heads_first = _choice(_LAYOUTS, layout, "layout")
+    interleaved = _choice(_STYLES, style, "style")
+    given = q if q is not None else k
+    if given is None:
+        raise ValueError("q and k are both None")
+    if rotary_dim is not None and rotary_dim < 0:
+        raise ValueError(f"rotary_dim must not be negative, got {rotary_dim}")
+    no_heads = given.narrow(1 if heads_first else 2, 0, 0) if q is None or k is None else None
+    q_out, k_out = ops().rope(given if q is not None else no_heads, k if k is not None else no_heads, cos, sin, positions,
+                              -1 if rotary_dim is None else rotary_dim, interleaved, heads_first, False)
+    return (None if q is None else q_out), (None if k is None else k_out)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Makes and keeps the tables: angle of pair i at position t is scale * t * base ** (-2 i / rotary_dim).
+
+    dim: elements of a head; max_positions: rows of the tables (they grow when a longer sequence comes, outside torch.compile); rotary_dim:
+    None for all of dim; scale: below 1 stretches positions linearly. The tables are float32 [max_positions, rotary_dim / 2] buffers, computed
+    in float64, not saved with the model."""
+
+    def __init__(self, dim, max_positions=2048, base=10000.0, rotary_dim=None, style="half", layout="bshd", scale=1.0, device=None):
+        super().__init__()
+        self.dim, self.base, self.scale = dim, base, scale
+        self.rotary_dim = dim if rotary_dim is None else rotary_dim
+        if not 0 <= self.rotary_dim <= dim or self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be even and at most dim = {dim}, got {self.rotary_dim}")
+        _choice(_STYLES, style, "style")
+        _choice(_LAYOUTS, layout, "layout")
+        self.style, self.layout = style, layout
+        cos, sin = self._tables(max_positions, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _tables(self, rows, device):
+        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64)
+        frequencies = self.scale * self.base ** (-pairs / max(1, self.rotary_dim))
+        angles = torch.outer(torch.arange(rows, dtype=torch.float64), frequencies)
+        return angles.cos().float().to(device), angles.sin().float().to(device)
+
+    def _apply(self, function, recurse=True):
+        """Tables stay float32 when the model is cast: bfloat16 cannot tell position 257 from 256."""
+        super()._apply(function, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = self._tables(self.cos.shape[0], self.cos.device)
+        return self
+
+    def forward(self, q, k, positions=None):
+        """(q, k) rotated; positions as in apply_rotary, by default 0, 1, .. seq - 1."""
+        seq = q.shape[2 if self.layout == "bhsd" else 1]
+        if seq > self.cos.shape[0]:
+            self.cos, self.sin = self._tables(max(seq, 2 * self.cos.shape[0]), self.cos.device)
+        return apply_rotary(q, k, self.cos, self.sin, positions, layout=self.layout, style=self.style, rotary_dim=self.rotary_dim)
+
+    def extra_repr(self):
+        return f"dim={self.dim}, rotary_dim={self.rotary_dim}, base={self.base:g}, style={self.style!r}, layout={self.layout!r}"
