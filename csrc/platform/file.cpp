@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <utility>
 
@@ -112,6 +113,12 @@ void File::close() {
   if (fd_ < 0) return;
   // Linux frees the descriptor even when close reports an error, EINTR included: never call it twice.
   if (::close(std::exchange(fd_, -1)) != 0 && errno != EINTR) DS_FAIL_FILE("close", path_, errno);
+}
+
+bool exchange_paths(const std::string& a, const std::string& b) {
+  if (renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0) return true;
+  if (errno == ENOSYS || errno == EINVAL || errno == EOPNOTSUPP) return false;
+  DS_FAIL_FILE("exchanging with " + b, a, errno);
 }
 
 void sync_directory_of(const std::string& path) {

@@ -60,6 +60,9 @@ class File {
   std::string path_;
 };
 
+// Two existing paths of one file system change places at once. False when kernel or file system cannot do that.
+bool exchange_paths(const std::string& a, const std::string& b);
+
 // Makes a rename or a new entry in `path`'s directory durable.
 void sync_directory_of(const std::string& path);
 

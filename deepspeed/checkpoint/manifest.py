@@ -69,6 +69,7 @@ class Checkpoint(CheckpointSource):
                                                  tuple((self._names[f], begin, numel, offset) for f, begin, numel, offset in pieces))
                         for name, kind, dtype, shape, order, pieces in rows}
         self.aliases = self._checked_aliases(where)
+        self.world_size = self.document.get("world_size", 0)
         self._readers = {}
 
     def _checked_aliases(self, where):
@@ -83,11 +84,30 @@ class Checkpoint(CheckpointSource):
     @functools.cached_property
     def state(self):
         """The tree that is no tensors of the model, decoded."""
+        tree = self.document.get("state", {})
+        return self._decoded({key: value for key, value in tree.items() if key != "ranks"} if isinstance(tree, dict) else tree)
+
+    def _decoded(self, tree):
         from deepspeed.checkpoint.tree import decode
         try:
-            return decode(self.document.get("state", {}), lambda name: self.read(name, "object"))
+            return decode(tree, lambda name: self.read(name, "object"))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{os.path.join(self.path, NAME)}: its state cannot be read: {type(error).__name__}: {error}") from error
+
+    def _of_rank(self, rank, key):
+        found = self.document.get("state", {}).get("ranks", [])
+        tree = found[rank] if isinstance(found, list) and 0 <= rank < len(found) else None
+        return self._decoded(tree[key]) if isinstance(tree, dict) and key in tree else None
+
+    def random_of(self, rank):
+        return self._of_rank(rank, "random")
+
+    def slice_parts(self):
+        merged = {}
+        for rank in range(len(self.document.get("state", {}).get("ranks", []))):
+            for name, begin, numel, values in self._of_rank(rank, "parts") or []:
+                merged.setdefault(name, []).append((begin, numel, values))
+        return merged
 
     def about(self, key, fallback=None):
         """A value that the manifest states about the whole: "saved_at", "tag", "world_size", "save_latest", "library"."""

@@ -42,14 +42,15 @@ class CheckpointSource:
             "counters": {"global_steps", "global_samples", "micro_steps", "skipped_steps", "gradient_accumulation_steps"}
             "optimizer": {"class": name of the optimizer's class or None (unknown), "steps": updates so far,
                           "missed_steps": {parameter: updates that passed it over},
-                          "groups": [{"params": [names], "values": {hyperparameter: value}}],
-                          "parts": {parameter: {key: value}} (state that is no slice, such as torch's "step")}
+                          "groups": [{"params": [names], "values": {hyperparameter: value}}]}
             "loss_scaler", "lr_scheduler", "data": their state dicts
             "client_state": what the caller saved
-            "random": [state of rank 0, ...] or None
-            "world_size": ranks that wrote
+            "extra_state": {module: what its get_extra_state() gave}
+            "frozen_excluded": names of parameters that were left out
+        world_size: ranks that wrote it; 0: unknown.
     """
     path = ""
+    world_size = 0
     tensors = {}
     aliases = {}
     state = {}
@@ -65,6 +66,15 @@ class CheckpointSource:
     def verify(self):
         """Reads everything; a list of what is wrong, empty when all is well."""
         raise NotImplementedError
+
+    def slice_parts(self):
+        """{parameter: [(begin, numel, {key: value})]}: what a client's optimizer keeps beside slices, such as torch's "step", by the
+        elements it belongs to."""
+        return {}
+
+    def random_of(self, rank):
+        """What random_state.capture() gave on a rank; None when it was not saved."""
+        return None
 
     def canonical(self, name):
         """The name a parameter is listed under."""

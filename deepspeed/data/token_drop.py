@@ -164,9 +164,14 @@ def configure_token_drop(model: torch.nn.Module, config: Any, scheduler: Any) ->
     return len(chosen)
 
 
+def without_wrappers(name: str) -> str:
+    """The name that a parameter, buffer or module has without the wrappers."""
+    return f".{name}.".replace(f".{_WRAPPED}.", ".")[1:-1]
+
+
 def remove_random_ltd_state_dict(state_dict: dict) -> dict:
     """The same weights under the names they have without the wrappers."""
-    return type(state_dict)((key.replace(f".{_WRAPPED}.", ".").removeprefix(f"{_WRAPPED}."), value) for key, value in state_dict.items())
+    return type(state_dict)((without_wrappers(key), value) for key, value in state_dict.items())
 
 
 def save_without_random_ltd(model: torch.nn.Module) -> dict | None:

@@ -83,7 +83,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = self._backwards = 0
         self.losses = None
         self.optimizer = self.basic_optimizer = self.lr_scheduler = None
-        self.checkpoint_engine = None
+        self.checkpoint_engine = self._frozen_file = None
         self.enable_backward_allreduce = True
         self._boundary = None
         self._step_applied = False

@@ -1,23 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving and loading: whole weights today; checkpoints that resume training say that they are not built yet."""
+"""Saving and loading: checkpoints that training continues from, and whole weights."""
 import os
 
 import torch
 
+from deepspeed.checkpoint.load import Loading
+from deepspeed.checkpoint.opening import candidates, load_best, open_source
+from deepspeed.checkpoint.ranks import Ranks
+from deepspeed.checkpoint.save import FrozenFile, SaveRequest, save
+from deepspeed.comm import flight
+from deepspeed.engine import checkpoint_state
+from deepspeed.telemetry import logger
 from deepspeed.zero.consolidate import full_state_dict
-
-_NOT_YET = ("{}: checkpoints are not built yet in this version. To keep the weights use engine.save_16bit_model(folder), or "
-            "engine.module.state_dict() inside `with deepspeed.zero.GatheredParameters(engine.module.parameters()):`")
 
 
 class CheckpointMethods:
 
+    # ---- checkpoints
+
     def save_checkpoint(self, save_dir, tag=None, client_state={}, save_latest=True, exclude_frozen_parameters=False):
-        raise NotImplementedError(_NOT_YET.format("save_checkpoint"))
+        """Writes everything that training continues from into save_dir/<tag> (default tag: global_step<N>). Collective; True.
+
+        The checkpoint is whole or absent: it appears under its name when all ranks' files are durable. save_latest: it becomes what
+        load_checkpoint() without a tag loads. client_state: values of the caller's own, rank 0's count; load_checkpoint() returns them.
+        CheckpointError, on all ranks alike and naming the rank and the file, when it could not be written; what was there before stays.
+        """
+        checkpoint_state.warn_of_unfinished(self)
+        ranks, cfg = Ranks(), self._config.checkpoint
+        holdings = checkpoint_state.holdings_of(self)
+        pieces, excluded = holdings.owned(), []
+        if exclude_frozen_parameters:
+            excluded = [name for name, parameter in holdings.names.parameters.items() if not parameter.requires_grad]
+            left_out = set(excluded)
+            pieces = [p for p in pieces if p.kind == "buffer" or p.name not in left_out]
+        aliases = {alias: name for alias, name in holdings.names.aliases.items() if name not in excluded}
+        request = SaveRequest(
+            save_dir=os.fspath(save_dir), tag=f"global_step{self.global_steps}" if tag is None else str(tag), pieces=pieces,
+            state=checkpoint_state.state_of(self, holdings, client_state, excluded),
+            rank_state=checkpoint_state.rank_state_of(self, holdings), aliases=aliases, save_latest=save_latest,
+            tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, local_rank=self.local_rank)
+        if self._frozen_file is None:
+            self._frozen_file = FrozenFile()
+        save(request, ranks, self._frozen_file)
+        return True
 
     def load_checkpoint(self, load_dir, tag=None, load_module_strict=True, load_optimizer_states=True, load_lr_scheduler_states=True,
                         load_module_only=False, custom_load_fn=None):
-        raise NotImplementedError(_NOT_YET.format("load_checkpoint"))
+        """Continues from a checkpoint, whatever ZeRO stage, number of ranks and precision it was saved with. Collective.
+
+        Returns (the checkpoint's folder, client_state), or (None, None) when load_dir holds nothing to continue from. tag None: what the
+        file `latest` names; a checkpoint that is torn or damaged is then skipped, with its reason in the log, for the newest good one.
+        load_module_strict: CheckpointError, listing all of them, when parameters are missing, unknown or of another shape; otherwise
+        what fits is loaded and the rest is reported. load_module_only: weights and buffers, nothing else.
+        custom_load_fn(src=state dict, dst=module) puts the weights into the module.
+        """
+        ranks, load_dir = Ranks(), os.fspath(load_dir)
+        found = ranks.attempt(lambda: self._load_candidates(load_dir, tag) if ranks.rank == 0 else None, f"loading from {load_dir}")
+        found = ranks.from_first(found)
+        if not found:
+            logger.warning(f"load_checkpoint: {load_dir} has no checkpoint to continue from" if os.path.isdir(load_dir) else
+                           f"load_checkpoint: there is no folder {load_dir}")
+            return None, None
+        with_states = load_optimizer_states and not load_module_only
+        source = load_best(found, tag is not None,
+                           lambda folder: self._load_from(folder, ranks, load_module_strict, with_states, custom_load_fn))
+        if not load_module_only:
+            ranks.attempt(lambda: checkpoint_state.continue_from(self, source, load_optimizer_states, load_lr_scheduler_states),
+                          f"continuing from {source.path}")
+            flight.state.step = self.global_steps
+        return source.path, checkpoint_state.client_state_of(source)
+
+    def _load_candidates(self, load_dir, tag):
+        names = ("latest_universal", "latest") if self._config.checkpoint.load_universal else ("latest",)
+        return candidates(load_dir, tag, names)
+
+    def _load_from(self, folder, ranks, strict, with_states, custom_load_fn):
+        what = f"loading {folder}"
+
+        def plan():
+            source = open_source(folder)
+            loading = Loading(source, checkpoint_state.holdings_of(self), strict and custom_load_fn is None, with_states)
+            loading.plan()
+            source.state   # whether it can be read shows now
+            return loading
+
+        loading = ranks.attempt(plan, what)
+        ranks.together(loading.apply, what)
+        loading.take_over()
+        if custom_load_fn is not None:
+            self._load_by(custom_load_fn, loading)
+        if ranks.rank == 0:
+            loading.say()
+        return loading.source
+
+    def _load_by(self, custom_load_fn, loading):
+        """The caller's function puts the weights in; where it leaves what was loaded, the masters keep their further digits."""
+        from deepspeed.checkpoint.custom_load import load_by
+        load_by(custom_load_fn, loading)
+
+    # ---- whole weights
 
     def zero_gather_16bit_weights_on_model_save(self):
         return self._config.zero_optimization.gather_16bit_weights_on_model_save

@@ -13,6 +13,8 @@ from deepspeed.zero.tensors import in_memory_order, shaped_like
 
 class MuonStep:
 
+    overwrites_gradients = False
+
     def __init__(self, optimizer, slices, managed, group_of, partial):
         self.optimizer, self.slices, self.managed, self.partial = optimizer, slices, managed, partial
         self.steps = 0
@@ -92,6 +94,27 @@ class MuonStep:
         part = next(i for i, (_, seg) in enumerate(self._adam_parts) if seg.param == segment.param)
         states = self._adam.states(part)
         return states[names.index(key)] if states and key in names else None
+
+    def kinds_of(self, param):
+        """Names of the states that every slice of this parameter has."""
+        return ["momentum_buffer"] if any(param == index for index, _, _ in self._matrices) else list(self._adam.state_names())
+
+    def slices_of(self, number, segment):
+        """{kind: this segment's part, 1-D}; empty before the first update."""
+        if not self.steps:
+            return {}
+        found = {kind: self.state_of(number, segment, kind) for kind in self.kinds_of(segment.param)}
+        return {kind: value for kind, value in found.items() if value is not None}
+
+    def parts_of(self, segment):
+        """{key: value} of state that is no slice."""
+        return {}
+
+    def set_progress(self, steps, missed):
+        """`steps` updates lie behind, of which parameters have missed as many as `missed` says."""
+        self.steps = steps
+        self.missed_steps = {param: late for param, late in missed.items() if param not in self._momentum}
+        self.ensure_state()
 
     def ensure_state(self):
         names = self._adam.state_names()

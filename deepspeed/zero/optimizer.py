@@ -57,6 +57,7 @@ class ShardedOptimizer(ZeROOptimizer):
         self.overflow = False
         self.skipped_bad = 0
         self._norm = None
+        self.group_of = {index: group_of[id(p)] for index, p in enumerate(managed.params) if p is not None and id(p) in group_of}
         self.slices = self._make_slices(group_of)
         self._where = {}     # store index -> (slice number, segment)
         for number, s in enumerate(self.slices):
@@ -181,6 +182,8 @@ class ShardedOptimizer(ZeROOptimizer):
         managed = self.managed
         managed.scheduler.drop_kept()  # a graph kept by create_graph would see values of before the step
         managed.reducer.gather_grads()
+        if self.stepper.overwrites_gradients and not self.options.partial_slices and managed.transports.shard.size > 1:
+            managed.transports.shard.barrier("gathered_grads")   # a peer may still be reading this rank's part of them
         read = managed.reducer.grad_slice if self.options.partial_slices else managed.reducer.grad
         if self.stepper.steps == 0:
             trim_heap()  # before the optimizer state takes its place: what building the model and the first graph left behind

@@ -74,6 +74,7 @@ class FusedStep:
         self.native = lib().SliceOptimizer(kind, params, transport)
         for s in slices:
             self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments])
+        self.overwrites_gradients = kind == "lamb"
         self.steps = 0
         self._step_tensor = torch.zeros(())
         self._own_counts = False   # whether some parameter has missed an update
@@ -125,6 +126,31 @@ class FusedStep:
     def state_bytes(self):
         return self.native.state_bytes()
 
+    # ---- for checkpoints, which call Adagrad's sum of squares a sum, as torch does: it is no running average
+
+    def kinds_of(self, param):
+        """Names of the states that every slice of this parameter has."""
+        return ["sum"] if self.kind == "adagrad" else list(self.state_names)
+
+    def slices_of(self, number, segment):
+        """{kind: this segment's part, 1-D}; empty before the first update."""
+        states = self.native.states(number)
+        if not states or not self.steps:
+            return {}
+        return {kind: state.narrow(0, segment.begin, segment.numel) for kind, state in zip(self.kinds_of(segment.param), states)}
+
+    def parts_of(self, segment):
+        """{key: value} of state that is no slice."""
+        return {}
+
+    def set_progress(self, steps, missed):
+        """`steps` updates lie behind, of which parameters have missed as many as `missed` says."""
+        self.steps = steps
+        self.missed_steps = missed
+        self._step_tensor.fill_(steps)
+        if self.slices and self.native.states(0):
+            self.show_state()
+
     def ensure_state(self):
         if self.slices and not self.native.states(0):
             for index, s in enumerate(self.slices):
@@ -134,6 +160,8 @@ class FusedStep:
 
 class ClientStep:
     """Any torch optimizer: it sees one fp32 parameter for each slice, shaped like the whole parameter where the slice is whole."""
+
+    overwrites_gradients = True   # unscales them in place
 
     def __init__(self, optimizer, slices):
         self.optimizer, self.slices = optimizer, slices
@@ -169,8 +197,38 @@ class ClientStep:
             return None
         return in_memory_order(value, segment.parameter) if value.shape == segment.parameter.shape else value.reshape(-1)
 
+    def set_progress(self, steps, missed):
+        """`steps` updates lie behind; the optimizer's own state says how many each parameter has had."""
+        self.steps = steps
+
     def ensure_state(self):
         pass
+
+    def kinds_of(self, param):
+        """None: the optimizer decides at its first update."""
+        return None
+
+    def _is_slice(self, key, value, segment):
+        return torch.is_tensor(value) and value.shape == segment.parameter.shape and (value.dim() > 0 or key != "step")
+
+    def slices_of(self, number, segment):
+        state = self.optimizer.state.get(segment.parameter, {})
+        return {key: in_memory_order(value, segment.parameter) for key, value in state.items() if self._is_slice(key, value, segment)}
+
+    def parts_of(self, segment):
+        state = self.optimizer.state.get(segment.parameter, {})
+        return {key: value for key, value in state.items() if not self._is_slice(key, value, segment)}
+
+    def start_entry(self, segment, types, parts):
+        """New state of a segment: a slice for each (kind, dtype) of `types`, returned as {kind: 1-D tensor}, and the values `parts`."""
+        like, entry, flats = segment.parameter, self.optimizer.state[segment.parameter], {}
+        entry.clear()
+        for kind, dtype in types.items():
+            value = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=like.device)
+            entry[kind] = value
+            flats[kind] = torch.as_strided(value, (value.numel(),), (1,))
+        entry.update(parts)
+        return flats
 
     def state_bytes(self):
         tensors = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoint a load means: the tag asked for, else what `latest` names, else the newest that is good."""
+import os
+
+from deepspeed.checkpoint import folders, manifest
+from deepspeed.checkpoint.source import CheckpointError
+from deepspeed.telemetry import logger
+
+
+def open_source(folder):
+    """The CheckpointSource in a folder. CheckpointError when there is none that can be read."""
+    return manifest.Checkpoint(folder)
+
+
+def candidates(load_dir, tag=None, names=(folders.LATEST,)):
+    """Folders to try, best first; [] when nothing in load_dir was meant to be continued from.
+
+    names: files that may hold the latest tag.
+    """
+    if tag is not None:
+        return [folders.target_of(load_dir, tag)]
+    found = []
+    for name in names:
+        latest = folders.read_latest(load_dir, name)
+        if latest is not None:
+            try:
+                found.append(folders.target_of(load_dir, latest))
+            except ValueError as error:
+                logger.warning(f"checkpoint: {os.path.join(load_dir, name)}: {error}")
+            break
+    for checkpoint in folders.complete_checkpoints(load_dir):
+        if checkpoint.path not in found and checkpoint.about("save_latest"):
+            found.append(checkpoint.path)
+    return found
+
+
+def load_best(found, explicit, attempt):
+    """attempt(folder) for one candidate after the other until one succeeds; its result.
+
+    With a tag asked for there is only that one, and its error is raised. CheckpointError when none is good.
+    """
+    reasons = []
+    for number, folder in enumerate(found):
+        try:
+            result = attempt(folder)
+        except CheckpointError as error:
+            if explicit or number + 1 == len(found):
+                if not reasons:
+                    raise
+                raise CheckpointError("no checkpoint could be loaded:\n  " + "\n  ".join([*reasons, str(error)])) from error
+            reasons.append(str(error))
+            logger.warning(f"checkpoint {folder} is skipped: {error}")
+            continue
+        if reasons:
+            logger.warning(f"loaded {folder} instead")
+        return result
+    return None

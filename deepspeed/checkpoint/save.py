@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a checkpoint: every rank its share, rank 0 the manifest, and then one rename."""
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from deepspeed import _version
+from deepspeed._native import core
+from deepspeed.checkpoint import dtypes, folders, manifest
+from deepspeed.checkpoint.pieces import Piece
+from deepspeed.checkpoint.source import CheckpointError, TensorInfo
+from deepspeed.checkpoint.tree import Encoder
+from deepspeed.telemetry import logger
+
+_CHUNK_BYTES = 64 << 20          # of a device's memory on its way through the host
+_OVERHEAD_BYTES = 64 << 10       # of a file: its header, the rest of its last block
+_ENTRY_BYTES = 400               # of header and manifest, for each piece
+_SCRIPT = '''#!/usr/bin/env python3
+"""Writes the fp32 weights of a checkpoint in this folder; `python zero_to_fp32.py --help` says how. Needs deepspeed."""
+import runpy
+
+runpy.run_module("deepspeed.utils.zero_to_fp32", run_name="__main__")
+'''
+
+
+@dataclass
+class SaveRequest:
+    """What is saved where. The same on all ranks but for the values."""
+    save_dir: str
+    tag: str
+    pieces: list                  # of this rank, in the order of files
+    state: dict                   # rank 0's counts
+    rank_state: object            # every rank's own
+    aliases: dict
+    save_latest: bool = True
+    tag_validation: str = "warn"
+    node_local: bool = False      # every node has a save_dir of its own
+    local_rank: int = 0
+    keep_last: int = 0            # 0: all
+    about: dict = field(default_factory=dict)
+
+
+class FrozenFile:
+    """The file of frozen weights this process has written last: linked, not written, while its contents stay the same."""
+
+    def __init__(self):
+        self.path = None
+        self.written = None    # (bytes, sums)
+
+
+def stored_form(piece):
+    """(dtype in the file, its count of elements) of a piece."""
+    if piece.dtype in dtypes.IN_FILES:
+        return piece.dtype, piece.data.numel()
+    return "U8", piece.data.numel() * piece.data.element_size()
+
+
+def byte_views(piece):
+    """The piece's bytes on the host, as buffers, a bounded part at a time."""
+    data = piece.data if piece.data.is_contiguous() else piece.data.contiguous()
+    if data.numel() == 0:
+        return
+    if data.device.type == "cpu":
+        yield data.view(torch.uint8).numpy()
+        return
+    step = _CHUNK_BYTES // data.element_size()
+    for begin in range(0, data.numel(), step):
+        yield data[begin:begin + step].cpu().view(torch.uint8).numpy()
+
+
+class RankFiles:
+    """What one rank writes."""
+
+    def __init__(self, request, ranks, frozen):
+        self.request, self.ranks, self.frozen = request, ranks, frozen
+        self._objects = []
+        encoder = Encoder(self._put)
+        self.rank_tree = encoder.encode(request.rank_state, f"rank{ranks.rank}")
+        self.tree = encoder.encode(request.state) if ranks.rank == 0 else None
+        suffix = f"_{ranks.rank:05d}_of_{ranks.size:05d}.safetensors"
+        mixed = any(p.kind == "fp32" for p in request.pieces)
+        still = [p for p in request.pieces if mixed and p.kind == "weight"]
+        moving = [p for p in request.pieces if not (mixed and p.kind == "weight")] + self._objects
+        # Widest elements first keeps every piece aligned to its own.
+        self.files = {name: sorted(pieces, key=lambda p: -p.data.element_size())
+                      for name, pieces in (("state" + suffix, moving), ("frozen" + suffix, still)) if pieces}
+        self._frozen_name = "frozen" + suffix
+
+    def _put(self, tensor, path):
+        name = f"rank{self.ranks.rank}/{len(self._objects)}/{path[:120]}"
+        self._objects.append(Piece(name, "object", (tensor.numel(),), (), 0, tensor))
+        return name
+
+    def bytes_needed(self):
+        total = 0
+        for name, pieces in self.files.items():
+            if name == self._frozen_name and self.frozen.path is not None:
+                continue
+            total += _OVERHEAD_BYTES + sum(_ENTRY_BYTES + p.data.numel() * p.data.element_size() for p in pieces)
+        return total
+
+    def write(self, folder):
+        """(files, rows): [(name, bytes, sums)] and one row for each piece, for the manifest."""
+        files, rows = [], []
+        for name, pieces in self.files.items():
+            path = os.path.join(folder, name)
+            if name == self._frozen_name:
+                size, sums, offsets = self._link_or_write(path, pieces)
+            else:
+                size, sums, offsets = stream(path, pieces)
+            files.append((name, size, sums))
+            rows += [(p.name, p.kind, p.dtype, p.shape, p.order, name, p.begin, p.data.numel(), at) for p, at in zip(pieces, offsets)]
+        return files, rows
+
+    def _link_or_write(self, path, pieces):
+        last = self.frozen
+        if last.path is not None and os.path.exists(last.path):
+            size, sums, offsets = stream("", pieces)
+            if (size, sums) == last.written:
+                try:
+                    os.link(last.path, path)
+                    return size, sums, offsets
+                except OSError:   # no hard links here, or another file system
+                    pass
+        size, sums, offsets = stream(path, pieces)
+        last.written = (size, sums)
+        return size, sums, offsets
+
+    def remember(self, folder):
+        """The checkpoint is in place."""
+        if self._frozen_name in self.files:
+            self.frozen.path = os.path.join(folder, self._frozen_name)
+
+
+def entries_of(pieces):
+    return [(f"{p.kind}/{p.name}@{p.begin}", form, [count]) for p in pieces for form, count in [stored_form(p)]]
+
+
+def stream(path, pieces):
+    """Writes one file; (bytes, sums, offset of each piece). An empty path: only sums."""
+    out = core().SafetensorsStream(path, entries_of(pieces), {"format": "pt"}, manifest.BLOCK_BYTES, True)
+    try:
+        offsets = out.offsets
+        on_host = []
+        for piece in pieces:
+            if piece.data.device.type == "cpu":
+                on_host += byte_views(piece)
+                continue
+            out.write(on_host)
+            on_host = []
+            for part in byte_views(piece):
+                out.write([part])
+        out.write(on_host)
+        size, sums = out.finish()
+        return size, sums, offsets
+    finally:
+        out.abandon()
+
+
+def merge(reports):
+    """(files, tensors) of the manifest from what all ranks wrote."""
+    files, numbers, tensors = [], {}, {}
+    for written, rows in reports:
+        for file in written:
+            numbers[file[0]] = len(files)
+            files.append(file)
+        for name, kind, dtype, shape, order, file, begin, numel, offset in rows:
+            what, pieces = tensors.setdefault((name, kind), ((dtype, shape, order), []))
+            if what != (dtype, shape, order):
+                raise CheckpointError(f"ranks hold {kind} of '{name}' as {what} and as {(dtype, shape, order)}")
+            if numel:
+                pieces.append((numbers[file], begin, numel, offset))
+    listed = [TensorInfo(name, kind, *what, tuple(sorted(pieces, key=lambda p: p[1]))) for (name, kind), (what, pieces) in tensors.items()]
+    return files, listed
+
+
+class Saving:
+    """One save, step by step; the steps are collective."""
+
+    def __init__(self, request, ranks, frozen):
+        self.request, self.ranks = request, ranks
+        self.target = folders.target_of(request.save_dir, request.tag)
+        self.leads = ranks.rank == 0 or (request.node_local and request.local_rank == 0)
+        self.mine = ranks.attempt(lambda: RankFiles(request, ranks, frozen), "collecting what is to be saved")
+        self.part = None
+        self.started = time.time()
+
+    def prepare(self):
+        """Tags agree, there is room, and the folder to write into exists."""
+        request, ranks = self.request, self.ranks
+        everyone = ranks.gather((str(request.tag), folders.nonce(), socket.gethostname(), self.mine.bytes_needed()))
+        self._validate_tags([tag for tag, *_ in everyone])
+        self.part = folders.PartFolder(self.target, everyone[0][1])
+        here = everyone[ranks.rank][2]
+        needed = sum(need for _, _, host, need in everyone if host == here or not request.node_local)
+        try:
+            ranks.attempt(lambda: self._open(needed) if self.leads else None, f"saving to {self.target}")
+        except CheckpointError:
+            self.discard()
+            raise
+
+    def _validate_tags(self, tags):
+        mode = self.request.tag_validation.lower()
+        if mode == "ignore" or len(set(tags)) == 1:
+            return
+        text = f"save_checkpoint: ranks save under different tags: {sorted(set(tags))[:4]}"
+        if mode == "fail":
+            raise AssertionError(text + " (checkpoint.tag_validation)")
+        logger.warning(text + f"; rank 0's, {tags[0]!r}, counts")
+        self.target = folders.target_of(self.request.save_dir, tags[0])
+
+    def _open(self, needed):
+        os.makedirs(self.request.save_dir, exist_ok=True)
+        self.part.open()
+        free = folders.free_bytes(self.part.path)
+        if needed > free:
+            raise CheckpointError(f"{self.request.save_dir}: the checkpoint needs {needed / 2**20:.1f} MiB, free are {free / 2**20:.1f} MiB")
+
+    def write(self):
+        os.makedirs(self.part.path, exist_ok=True)
+        return self.mine.write(self.part.path)
+
+    def text_of(self, reports, trees):
+        """The manifest."""
+        files, tensors = merge(reports)
+        tree = {**self.mine.tree, "ranks": trees}
+        about = {"library": f"deepspeed {_version.__version__}", "tag": str(self.request.tag), "saved_at": self.started,
+                 "world_size": self.ranks.size, "save_latest": bool(self.request.save_latest), **self.request.about}
+        text = manifest.manifest_text(files, tensors, self.request.aliases, tree, about)
+        core().CheckpointManifest(text)   # every element is there exactly once, or the save fails
+        return text
+
+    def commit(self, text):
+        """By those who lead: the manifest, the rename, `latest`."""
+        folders.write_file(os.path.join(self.part.path, manifest.NAME), text)
+        self.part.commit()
+        if self.request.save_latest:
+            folders.replace_file(os.path.join(self.request.save_dir, folders.LATEST),
+                                 os.path.relpath(self.target, self.request.save_dir).encode())
+        self._leave_script()
+        if self.request.keep_last:
+            keep_newest(self.request.save_dir, self.request.keep_last, self.target)
+
+    def _leave_script(self):
+        path = os.path.join(self.request.save_dir, "zero_to_fp32.py")
+        try:
+            with open(path, encoding="utf-8") as file:
+                if file.read() == _SCRIPT:
+                    return
+        except (OSError, UnicodeDecodeError):
+            pass
+        folders.replace_file(path, _SCRIPT.encode(), 0o777)
+
+    def discard(self):
+        if self.part is not None and self.leads:
+            self.part.discard()
+
+
+def save(request, ranks, frozen):
+    """Collective. Returns the checkpoint's folder once it is durable; CheckpointError on all ranks, and nothing changed, when any rank
+    could not do its part."""
+    saving = Saving(request, ranks, frozen)
+    saving.prepare()
+    what = f"saving to {saving.target}"
+    try:
+        report = ranks.together(saving.write, what)
+        reports = ranks.gather_first((report, saving.mine.rank_tree))
+        text = ranks.attempt(lambda: saving.text_of([r for r, _ in reports], [t for _, t in reports]) if ranks.rank == 0 else None, what)
+        if request.node_local:
+            text = ranks.from_first(text)
+        ranks.attempt(lambda: saving.commit(text) if saving.leads else None, what)
+    except CheckpointError:
+        saving.discard()
+        raise
+    saving.mine.remember(saving.target)
+    return saving.target
+
+
+def keep_newest(save_dir, count, spared):
+    """Removes older checkpoints of save_dir until `count` are left. Those saved with save_latest=False are the caller's to keep."""
+    ours = [c for c in folders.complete_checkpoints(save_dir) if c.about("save_latest")]
+    latest = folders.read_latest(save_dir)
+    for old in ours[count:]:
+        if os.path.realpath(old.path) == os.path.realpath(spared) or os.path.basename(old.path) == latest:
+            continue
+        part = folders.PartFolder(old.path, folders.nonce())
+        os.rename(old.path, part.path)   # from here on it is no checkpoint, however far the removal comes
+        folders.remove_checkpoint(part.path)
