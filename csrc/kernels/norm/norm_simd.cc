@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// A row is read from memory once, by the first sweep over it; the others find it in the cache, and the last one prefetches the next row
+// so that memory keeps reading while results are written.
+#include "kernels/simd_targets.h"
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/norm/norm.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/norm/norm_simd.cc"
+#include "hwy/cache_control.h"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+#include "kernels/simd_format-inl.h"
+
+// A lambda of a vector loop: compiled for the target and always part of the loop.
+#define DS_BODY HWY_ATTR __attribute__((always_inline))
+
+HWY_BEFORE_NAMESPACE();
+namespace ds::kernels::HWY_NAMESPACE {
+namespace norm {
+
+constexpr int kChains = 4;  // independent sums, to hide the latency of addition
+
+template <int kIndex>
+using Chain = std::integral_constant<int, kIndex>;
+using Full = std::integral_constant<int64_t, kLanes>;  // how many lanes of a vector hold elements; otherwise an int64_t
+
+template <class T>
+HWY_INLINE V load(T tag, const typename T::Raw* p, Full) {
+  return load_as(tag, p);
+}
+template <class T>
+HWY_INLINE V load(T tag, const typename T::Raw* p, int64_t count) {  // zeros behind the end
+  typename T::Raw raw[kLanes] = {};
+  std::memcpy(raw, p, static_cast<size_t>(count) * sizeof(raw[0]));
+  return load_as(tag, raw);
+}
+
+template <class T>
+HWY_INLINE void store(T tag, V v, typename T::Raw* p, Full) {
+  store_as(tag, v, p);
+}
+template <class T>
+HWY_INLINE void store(T tag, V v, typename T::Raw* p, int64_t count) {
+  typename T::Raw raw[kLanes];
+  store_as(tag, v, raw);
+  std::memcpy(p, raw, static_cast<size_t>(count) * sizeof(raw[0]));
+}
+
+HWY_INLINE V keep(V v, Full) { return v; }
+HWY_INLINE V keep(V v, int64_t count) { return hn::IfThenElseZero(hn::FirstN(FloatTag(), static_cast<size_t>(count)), v); }
+
+// body(chain, i, lanes) for every vector of [0, n); the chain says which sum to add to.
+template <class Body>
+HWY_INLINE void sweep(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+    body(Chain<0>(), i, Full());
+    body(Chain<1>(), i + kLanes, Full());
+    body(Chain<2>(), i + 2 * kLanes, Full());
+    body(Chain<3>(), i + 3 * kLanes, Full());
+  }
+  for (; i + kLanes <= n; i += kLanes) body(Chain<0>(), i, Full());
+  if (i < n) body(Chain<1>(), i, n - i);
+}
+
+// out[i...] = value(i, lanes) for every vector of [0, n).
+template <class T, class Value>
+HWY_INLINE void fill(T tag, typename T::Raw* out, int64_t n, const Value& value) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const V first = value(i, Full());
+    store_pair_as(tag, first, value(i + kLanes, Full()), out + i);
+  }
+  for (; i + kLanes <= n; i += kLanes) store_as(tag, value(i, Full()), out + i);
+  if (i < n) store(tag, value(i, n - i), out + i, n - i);
+}
+
+HWY_INLINE float add_lanes(V v) { return hn::GetLane(hn::SumOfLanes(FloatTag(), v)); }
+
+struct Sums {
+  V chains[kChains];
+  HWY_INLINE Sums() {
+    for (V& chain : chains) chain = hn::Zero(FloatTag());
+  }
+  HWY_INLINE double total() const {
+    return static_cast<double>(add_lanes(hn::Add(hn::Add(chains[0], chains[1]), hn::Add(chains[2], chains[3]))));
+  }
+};
+
+HWY_INLINE V set(float x) { return hn::Set(FloatTag(), x); }
+
+// The first line of the next row's elements that stand where this row's i-th stands; beyond the range it does no harm.
+template <class Raw>
+HWY_INLINE void prefetch(const Raw* p) {
+  hwy::Prefetch(p);
+}
+
+// What makes a row normal: (x - mean) * rstd is ((x - near) - rest) * rstd, see norm.h, Note [precision].
+struct Normaliser {
+  float near = 0.0f, rest = 0.0f, rstd = 0.0f;
+};
+
+template <class T>
+HWY_INLINE Normaliser layer_statistics(T tag, const typename T::Raw* h, int64_t n, double sum, float eps) {
+  Normaliser row;
+  row.near = static_cast<float>(sum / static_cast<double>(n));
+  const V near = set(row.near);
+  Sums rest, squares;
+  sweep(n, [&](auto chain, int64_t i, auto lanes) DS_BODY {
+    const V centred = keep(hn::Sub(load(tag, h + i, lanes), near), lanes);
+    rest.chains[chain] = hn::Add(rest.chains[chain], centred);
+    squares.chains[chain] = hn::MulAdd(centred, centred, squares.chains[chain]);
+  });
+  const double mean_rest = rest.total() / static_cast<double>(n);
+  const double variance = squares.total() / static_cast<double>(n) - mean_rest * mean_rest;
+  row.rest = static_cast<float>(mean_rest);
+  row.rstd = static_cast<float>(1.0 / std::sqrt((variance < 0.0 ? 0.0 : variance) + static_cast<double>(eps)));
+  return row;
+}
+
+template <class T, Norm kNorm, bool kResidual, bool kWeight, bool kBias>
+void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
+  using Raw = typename T::Raw;
+  const T tag{};
+  const int64_t n = a.columns;
+  for (int64_t row = begin; row < end; ++row) {
+    const Raw* x = static_cast<const Raw*>(a.x) + row * n;
+    const Raw* residual = kResidual ? static_cast<const Raw*>(a.residual) + row * n : nullptr;
+    Raw* stored = kResidual ? static_cast<Raw*>(a.h) + row * n : nullptr;
+    const Raw* h = kResidual ? stored : x;
+    Sums sums;
+    sweep(n, [&](auto chain, int64_t i, auto lanes) DS_BODY {
+      if constexpr (kResidual) {
+        store(tag, hn::Add(load(tag, x + i, lanes), load(tag, residual + i, lanes)), stored + i, lanes);
+      }
+      const V v = load(tag, h + i, lanes);
+      sums.chains[chain] = kNorm == Norm::Layer ? hn::Add(sums.chains[chain], v) : hn::MulAdd(v, v, sums.chains[chain]);
+    });
+    Normaliser to;
+    if constexpr (kNorm == Norm::Layer) {
+      to = layer_statistics(tag, h, n, sums.total(), a.eps);
+      a.mean[row] = to.near + to.rest;
+    } else {
+      to.rstd = static_cast<float>(1.0 / std::sqrt(sums.total() / static_cast<double>(n) + static_cast<double>(a.eps)));
+    }
+    a.rstd[row] = to.rstd;
+    const V near = set(to.near), rest = set(-to.rest * to.rstd), rstd = set(to.rstd);
+    const int64_t ahead = row + 1 < end ? n : 0;
+    fill(tag, static_cast<Raw*>(a.y) + row * n, n, [&](int64_t i, auto lanes) DS_BODY {
+      prefetch(x + ahead + i);
+      if constexpr (kResidual) prefetch(residual + ahead + i);
+      const V v = load(tag, h + i, lanes);
+      V y = kNorm == Norm::Layer ? hn::MulAdd(hn::Sub(v, near), rstd, rest) : hn::Mul(v, rstd);
+      if constexpr (kWeight && kBias) {
+        y = hn::MulAdd(y, load(F32{}, a.weight + i, lanes), load(F32{}, a.bias + i, lanes));
+      } else if constexpr (kWeight) {
+        y = hn::Mul(y, load(F32{}, a.weight + i, lanes));
+      } else if constexpr (kBias) {
+        y = hn::Add(y, load(F32{}, a.bias + i, lanes));
+      }
+      return y;
+    });
+  }
+}
+
+template <class T, Norm kNorm, bool kWeight, bool kBias>
+void forward_affine(const NormForward& a, int64_t begin, int64_t end) {
+  a.residual != nullptr ? forward_rows<T, kNorm, true, kWeight, kBias>(a, begin, end)
+                        : forward_rows<T, kNorm, false, kWeight, kBias>(a, begin, end);
+}
+
+void forward(const NormForward& a, int64_t begin, int64_t end) {
+  dispatch_float(a.dtype, "x", [&](auto tag) {
+    using T = decltype(tag);
+    const bool weight = a.weight != nullptr, bias = a.bias != nullptr;
+    if (a.norm == Norm::Rms) {
+      weight ? forward_affine<T, Norm::Rms, true, false>(a, begin, end) : forward_affine<T, Norm::Rms, false, false>(a, begin, end);
+    } else if (weight) {
+      bias ? forward_affine<T, Norm::Layer, true, true>(a, begin, end) : forward_affine<T, Norm::Layer, true, false>(a, begin, end);
+    } else {
+      bias ? forward_affine<T, Norm::Layer, false, true>(a, begin, end) : forward_affine<T, Norm::Layer, false, false>(a, begin, end);
+    }
+  });
+}
+
+// What backward needs of one row.
+template <class Raw>
+struct BackwardRow {
+  const Raw *dy, *h, *dh;
+  Raw* dx;
+  float mean, rstd;
+};
+
+template <class Raw, Norm kNorm>
+HWY_INLINE BackwardRow<Raw> backward_row(const NormBackward& a, int64_t row) {
+  const auto at = [&](const void* p) { return static_cast<const Raw*>(p) + row * a.columns; };
+  return {at(a.dy), at(a.h), a.dh != nullptr ? at(a.dh) : nullptr, static_cast<Raw*>(a.dx) + row * a.columns,
+          kNorm == Norm::Layer ? a.mean[row] : 0.0f, a.rstd[row]};
+}
+
+template <Norm kNorm>
+HWY_INLINE V normal(V h, V mean, V rstd) {
+  return hn::Mul(kNorm == Norm::Layer ? hn::Sub(h, mean) : h, rstd);
+}
+
+// dx of a row from the mean of its gradient g = dy * weight and the mean of g times the normalised row.
+template <class T, Norm kNorm, bool kWeight, bool kHasDh>
+HWY_INLINE void write_dx(T tag, const BackwardRow<typename T::Raw>& r, const float* weight, int64_t n, float grad_mean, float along,
+                         int64_t ahead) {
+  const V mean = set(r.mean), rstd = set(r.rstd), minus_along = set(-along), minus_grad_mean = set(-grad_mean);
+  fill(tag, r.dx, n, [&](int64_t i, auto lanes) DS_BODY {
+    prefetch(r.dy + ahead + i);
+    prefetch(r.h + ahead + i);
+    V g = load(tag, r.dy + i, lanes);
+    const V x = normal<kNorm>(load(tag, r.h + i, lanes), mean, rstd);
+    if constexpr (kWeight && kNorm == Norm::Layer) {
+      g = hn::MulAdd(g, load(F32{}, weight + i, lanes), minus_grad_mean);
+    } else if constexpr (kWeight) {
+      g = hn::Mul(g, load(F32{}, weight + i, lanes));
+    } else if constexpr (kNorm == Norm::Layer) {
+      g = hn::Add(g, minus_grad_mean);
+    }
+    g = hn::MulAdd(x, minus_along, g);
+    return kHasDh ? hn::MulAdd(g, rstd, load(tag, r.dh + i, lanes)) : hn::Mul(g, rstd);
+  });
+}
+
+// kRows rows side by side: the gradients of weight and bias are read and written once for all of them, and their sums hide latency.
+template <class T, Norm kNorm, bool kWeight, bool kParameters, int kRows>
+void backward_block(const NormBackward& a, int64_t first, bool last, float* dweight, float* dbias) {
+  using Raw = typename T::Raw;
+  const T tag{};
+  const int64_t n = a.columns;
+  BackwardRow<Raw> rows[kRows];
+  V mean[kRows], rstd[kRows], grads[kRows], alongs[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    rows[r] = backward_row<Raw, kNorm>(a, first + r);
+    mean[r] = set(rows[r].mean);
+    rstd[r] = set(rows[r].rstd);
+    grads[r] = alongs[r] = hn::Zero(FloatTag());
+  }
+  const auto body = [&](int64_t i, auto lanes) DS_BODY {
+    V weight, of_weight = set(0.0f), of_bias = set(0.0f);
+    if constexpr (kWeight) weight = load(F32{}, a.weight + i, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      const V dy = load(tag, rows[r].dy + i, lanes);
+      const V x = normal<kNorm>(load(tag, rows[r].h + i, lanes), mean[r], rstd[r]);
+      const V g = kWeight ? hn::Mul(dy, weight) : dy;  // zero behind the end
+      if constexpr (kNorm == Norm::Layer) grads[r] = hn::Add(grads[r], g);
+      alongs[r] = hn::MulAdd(g, x, alongs[r]);
+      if constexpr (kParameters) of_weight = hn::MulAdd(dy, x, of_weight);
+      if constexpr (kParameters && kNorm == Norm::Layer) of_bias = hn::Add(of_bias, dy);
+    }
+    if constexpr (kParameters) store(F32{}, hn::Add(load(F32{}, dweight + i, lanes), of_weight), dweight + i, lanes);
+    if constexpr (kParameters && kNorm == Norm::Layer) {
+      store(F32{}, hn::Add(load(F32{}, dbias + i, lanes), of_bias), dbias + i, lanes);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, Full());
+  if (i < n) body(i, n - i);
+  const float share = static_cast<float>(1.0 / static_cast<double>(n));
+  for (int r = 0; r < kRows; ++r) {
+    const float grad_mean = add_lanes(grads[r]) * share, along = add_lanes(alongs[r]) * share;
+    const int64_t ahead = last ? 0 : kRows * n;
+    a.dh != nullptr ? write_dx<T, kNorm, kWeight, true>(tag, rows[r], a.weight, n, grad_mean, along, ahead)
+                    : write_dx<T, kNorm, kWeight, false>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
+  }
+}
+
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kBlockBytes = 512 << 10;  // what four rows of dy and h may take of the second-level cache
+
+template <class T, Norm kNorm, bool kWeight, bool kParameters>
+void backward_rows(const NormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  int64_t row = begin;
+  if (2 * kRowsAtOnce * a.columns * static_cast<int64_t>(sizeof(typename T::Raw)) <= kBlockBytes) {
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+      backward_block<T, kNorm, kWeight, kParameters, kRowsAtOnce>(a, row, row + 2 * kRowsAtOnce > end, dweight, dbias);
+    }
+  }
+  for (; row < end; ++row) backward_block<T, kNorm, kWeight, kParameters, 1>(a, row, row + 1 == end, dweight, dbias);
+}
+
+template <class T, Norm kNorm>
+void backward_norm(const NormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  if (dweight != nullptr) {
+    a.weight != nullptr ? backward_rows<T, kNorm, true, true>(a, begin, end, dweight, dbias)
+                        : backward_rows<T, kNorm, false, true>(a, begin, end, dweight, dbias);
+  } else {
+    a.weight != nullptr ? backward_rows<T, kNorm, true, false>(a, begin, end, dweight, dbias)
+                        : backward_rows<T, kNorm, false, false>(a, begin, end, dweight, dbias);
+  }
+}
+
+void backward(const NormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  dispatch_float(a.dtype, "dy", [&](auto tag) {
+    using T = decltype(tag);
+    a.norm == Norm::Layer ? backward_norm<T, Norm::Layer>(a, begin, end, dweight, dbias)
+                          : backward_norm<T, Norm::Rms>(a, begin, end, dweight, dbias);
+  });
+}
+
+}  // namespace norm
+
+void NormForwardRows(const NormForward& a, int64_t begin, int64_t end) { norm::forward(a, begin, end); }
+void NormBackwardRows(const NormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  norm::backward(a, begin, end, dweight, dbias);
+}
+
+}  // namespace ds::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace ds::kernels {
+
+HWY_EXPORT(NormForwardRows);
+HWY_EXPORT(NormBackwardRows);
+
+void norm_forward(const NormForward& a, int64_t begin, int64_t end) {
+  DS_CHECK_VALUE(begin >= 0 && begin <= end, "rows [" << begin << ", " << end << ") are no range");
+  check_arrays(a.columns * (end - begin), {{a.x, "x"}, {a.y, "y"}, {a.rstd, "rstd"}});
+  if (begin == end || a.columns == 0) return;
+  DS_CHECK_VALUE(a.residual == nullptr || a.h != nullptr, "h is null");
+  DS_CHECK_VALUE(a.norm == Norm::Rms || a.mean != nullptr, "mean is null");
+  DS_CHECK_VALUE(a.norm == Norm::Layer || a.bias == nullptr, "bias: RMS norm has none");
+  HWY_DYNAMIC_DISPATCH(NormForwardRows)(a, begin, end);
+}
+
+void norm_backward(const NormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  DS_CHECK_VALUE(begin >= 0 && begin <= end, "rows [" << begin << ", " << end << ") are no range");
+  check_arrays(a.columns * (end - begin), {{a.dy, "dy"}, {a.h, "h"}, {a.rstd, "rstd"}, {a.dx, "dx"}});
+  if (begin == end || a.columns == 0) return;
+  DS_CHECK_VALUE(a.norm == Norm::Rms || a.mean != nullptr, "mean is null");
+  DS_CHECK_VALUE((a.norm == Norm::Layer && dweight != nullptr) == (dbias != nullptr),
+                 "dbias: layer norm has both gradients or none, RMS norm only dweight");
+  HWY_DYNAMIC_DISPATCH(NormBackwardRows)(a, begin, end, dweight, dbias);
+}
+
+}  // namespace ds::kernels
+#endif  // HWY_ONCE
