@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.checkpoint.manifest", "Checkpoint"),
     **names("deepspeed.checkpoint.restricted_pickle", "allow_classes"),
     **names("deepspeed.checkpoint.source", "CheckpointError", "CheckpointSource", "TensorInfo"),
-    "utils": "deepspeed.checkpoint.utils",
-}, dict.fromkeys(("constants", "ds_to_universal", "DeepSpeedCheckpoint"), "checkpoint conversion"))
+    **names("deepspeed.checkpoint.location", "open_checkpoint"),
+    **{name: f"deepspeed.checkpoint.{name}" for name in ("constants", "ds_to_universal", "utils")},
+}, dict.fromkeys(("DeepSpeedCheckpoint",), "reading checkpoints of model-parallel ranks"))

@@ -23,7 +23,5 @@ __getattr__, __dir__, __all__ = attach(__name__, {
             "lazy_init_hp_params_optimizer_state"),
     **{name: f"deepspeed.utils.{name}"
        for name in ("bwc", "comms_logging", "debug", "exceptions", "groups", "init_on_device", "logging", "numa", "nvtx",
-                    "timer", "torch", "types")},
-}, {
-    **dict.fromkeys(("zero_to_fp32", "zero_to_torch"), "checkpoint conversion"),
+                    "timer", "torch", "types", "zero_to_fp32", "zero_to_torch")},
 })
