@@ -5,7 +5,7 @@ import os
 import torch
 
 from deepspeed.checkpoint.load import Loading
-from deepspeed.checkpoint.opening import candidates, load_best, open_source
+from deepspeed.checkpoint.choosing import candidates, load_best, open_source
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.save import FrozenFile, SaveRequest, save
 from deepspeed.comm import flight
