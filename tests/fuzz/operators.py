@@ -107,10 +107,40 @@ def describe(value):
     return repr([describe(v) for v in value]) if isinstance(value, list) else repr(value)
 
 
+def quantized(rng, chunks):
+    """What a quantised tensor consists of, the tensors as lists of `chunks`."""
+    shape = [rng.choice(SIZES[:10]), rng.choice(SIZES)]
+    format, symmetric = rng.choice((("int8", True), ("int8", False), ("int4", True), ("int4", False), ("fp8_e4m3", True), ("fp6_e3m2", True),
+                                    ("fp12_e4m7", True)))
+    group = rng.choice((1, 3, 8, 64, 100, 4096))
+    parts = [ops().quantize(torch.randn(shape), format, group, symmetric) for _ in range(chunks)]
+    data, scale, zero_point = ([p[i] for p in parts] for i in range(3))
+    return dict(data=data, scale=scale, zero_point=[] if symmetric else zero_point, shape=shape, format=format, group_size=group)
+
+
+def one_quantized(rng):
+    parts = quantized(rng, 1)
+    return {**parts, "data": parts["data"][0], "scale": parts["scale"][0], "zero_point": (parts["zero_point"] or [None])[0]}
+
+
+def chunks_to_reduce(rng):
+    again = dict(dtype=rng.choice(FLOATS), out_format=rng.choice((None, "int8", "fp6_e3m2")), out_symmetric=True, offset=rng.choice((0, 8)))
+    return {**quantized(rng, rng.randrange(1, 4)), **again}
+
+
+# Arguments that must fit each other too closely to be drawn one by one.
+FITTING = {"deepspeed::dequantize": one_quantized, "deepspeed::dequantize_reduce": chunks_to_reduce}
+
+
 def call(schema, rng, last):
     """(outcome, exception or None) of one random call."""
     draw = Draw(rng)
     arguments = {a.name: draw.argument(a.type, a.default_value, a.has_default_value()) for a in schema.arguments}
+    if schema.name in FITTING and rng.random() < 0.7:
+        fitting = FITTING[schema.name](rng)
+        if draw.wild:
+            del fitting[rng.choice(sorted(fitting))]    # one does not fit
+        arguments.update(fitting)
     # Backward as well, now and then.
     if rng.random() < 0.3:
         for value in arguments.values():

@@ -60,10 +60,10 @@ struct IntCodes {
 };
 
 // kSpecial: the magnitude from which codes are infinities and NaNs; 0 if there are none.
-template <int kExponent, int kMantissa_, int kSpecial_>
+template <int kExponent_, int kMantissa_, int kSpecial_>
 struct FloatCodes {
   static constexpr bool kFloat = true, kSymmetric = true;
-  static constexpr int kMantissa = kMantissa_, kSpecial = kSpecial_;
+  static constexpr int kExponent = kExponent_, kMantissa = kMantissa_, kSpecial = kSpecial_;
   static constexpr int kBits = 1 + kExponent + kMantissa, kBias = (1 << (kExponent - 1)) - 1;
   static constexpr int kLargestCode = (kSpecial != 0 ? kSpecial : 1 << (kExponent + kMantissa)) - 1;
   static constexpr int kLargestExponent = (kLargestCode >> kMantissa) - kBias;

@@ -166,25 +166,60 @@ HWY_INLINE VI load_codes(const uint16_t* p) {
   return hn::PromoteTo(IntTag(), hn::LoadU(du16, p));
 }
 
+// Every floating-point format fits into a half once its bits are moved up: the machine's own conversion of halves then knows exponents and
+// subnormals, and the difference of the biases is a power of two. Elsewhere it is spelled out.
+#if HWY_TARGET <= HWY_AVX2 && HWY_ARCH_X86 && !defined(HWY_DISABLE_F16C)
+#define DS_QUANT_BY_HALVES 1
+#else
+#define DS_QUANT_BY_HALVES 0
+#endif
+
+// The float values of kLanes codes.
 template <class C>
-HWY_INLINE V decode_codes(VI code, V scale, V zero) {
+HWY_INLINE V float_values(const typename C::Code* p) {
   const FloatTag df;
-  if constexpr (!C::kFloat) {
-    const V product = hn::Mul(scale, hn::ConvertTo(df, code));
-    return C::kSymmetric ? product : hn::Add(zero, product);
-  } else {
-    const VI magnitude = hn::And(code, constant<C::kSign - 1>());
-    const VI shifted = hn::ShiftLeft<23 - C::kMantissa>(magnitude);
-    const V next = hn::BitCast(df, hn::Add(shifted, constant<C::kSmallestNormalBits>()));
-    const V subnormal = hn::Sub(next, hn::BitCast(df, constant<C::kSmallestNormalBits>()));
-    const V normal = hn::BitCast(df, hn::Add(shifted, constant<C::kSmallestNormalBits - (1 << 23)>()));
-    V a = hn::IfThenElse(hn::RebindMask(df, hn::Lt(magnitude, constant<(1 << C::kMantissa)>())), subnormal, normal);
+#if DS_QUANT_BY_HALVES
+  const hn::Rebind<uint16_t, FloatTag> du16;
+  const hn::Rebind<typename C::Code, FloatTag> dcode;
+  hn::Vec<decltype(du16)> code;
+  if constexpr (C::kBits > 8) code = hn::LoadU(du16, p);
+  else code = hn::PromoteTo(du16, hn::LoadU(dcode, p));
+  auto bits = hn::ShiftLeft<16 - C::kBits>(code);  // the sign is in place; exponent and mantissa move down behind the half's wider exponent
+  if constexpr (C::kExponent != 5) {
+    const auto sign = hn::And(bits, hn::Set(du16, uint16_t{0x8000}));
+    const auto magnitude = hn::And(code, hn::Set(du16, static_cast<uint16_t>(C::kSign - 1)));
+    bits = hn::Or(sign, hn::ShiftLeft<10 - C::kMantissa>(magnitude));
     if constexpr (C::kSpecial != 0) {
-      const V special = hn::BitCast(df, hn::Or(shifted, constant<quant::kInfBits>()));
-      a = hn::IfThenElse(hn::RebindMask(df, hn::Gt(magnitude, constant<C::kSpecial - 1>())), special, a);
+      const auto special = hn::Eq(magnitude, hn::Set(du16, static_cast<uint16_t>(C::kSpecial)));
+      bits = hn::IfThenElse(special, hn::Set(du16, uint16_t{0x7e00}), bits);
     }
-    const VI sign = hn::ShiftLeft<32 - C::kBits>(hn::And(code, constant<C::kSign>()));
-    return hn::Mul(scale, hn::BitCast(df, hn::Or(hn::BitCast(IntTag(), a), sign)));
+  }
+  const V value = hn::PromoteTo(df, hn::BitCast(hn::Rebind<hwy::float16_t, FloatTag>(), bits));
+  return C::kExponent == 5 ? value : hn::Mul(value, hn::Set(df, static_cast<float>(1 << (15 - C::kBias))));
+#else
+  const VI code = load_codes<C>(p);
+  const VI magnitude = hn::And(code, constant<C::kSign - 1>());
+  const VI shifted = hn::ShiftLeft<23 - C::kMantissa>(magnitude);
+  const V next = hn::BitCast(df, hn::Add(shifted, constant<C::kSmallestNormalBits>()));
+  const V subnormal = hn::Sub(next, hn::BitCast(df, constant<C::kSmallestNormalBits>()));
+  const V normal = hn::BitCast(df, hn::Add(shifted, constant<C::kSmallestNormalBits - (1 << 23)>()));
+  V a = hn::IfThenElse(hn::RebindMask(df, hn::Lt(magnitude, constant<(1 << C::kMantissa)>())), subnormal, normal);
+  if constexpr (C::kSpecial != 0) {
+    const V special = hn::BitCast(df, hn::Or(shifted, constant<quant::kInfBits>()));
+    a = hn::IfThenElse(hn::RebindMask(df, hn::Gt(magnitude, constant<C::kSpecial - 1>())), special, a);
+  }
+  const VI sign = hn::ShiftLeft<32 - C::kBits>(hn::And(code, constant<C::kSign>()));
+  return hn::BitCast(df, hn::Or(hn::BitCast(IntTag(), a), sign));
+#endif
+}
+
+template <class C>
+HWY_INLINE V decode_codes(const typename C::Code* p, V scale, V zero) {
+  if constexpr (C::kFloat) {
+    return hn::Mul(scale, float_values<C>(p));
+  } else {
+    const V product = hn::Mul(scale, hn::ConvertTo(FloatTag(), load_codes<C>(p)));
+    return C::kSymmetric ? product : hn::Add(zero, product);
   }
 }
 
@@ -194,7 +229,7 @@ void decode_block(const typename C::Code* codes, int64_t n, float scale_value, f
   const V scale = hn::Set(FloatTag(), scale_value), zero = hn::Set(FloatTag(), zero_value);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const V x = decode_codes<C>(load_codes<C>(codes + i), scale, zero);
+    const V x = decode_codes<C>(codes + i, scale, zero);
     store_as(F32{}, kAdd ? hn::Add(load_as(F32{}, out + i), x) : x, out + i);
   }
   if (i >= n) return;
@@ -203,10 +238,12 @@ void decode_block(const typename C::Code* codes, int64_t n, float scale_value, f
   float rest[kLanes] = {};
   std::memcpy(rest_codes, codes + i, left * sizeof(rest_codes[0]));
   if (kAdd) std::memcpy(rest, out + i, left * sizeof(float));
-  const V x = decode_codes<C>(load_codes<C>(rest_codes), scale, zero);
+  const V x = decode_codes<C>(rest_codes, scale, zero);
   store_as(F32{}, kAdd ? hn::Add(load_as(F32{}, rest), x) : x, rest);
   std::memcpy(out + i, rest, left * sizeof(float));
 }
+
+#undef DS_QUANT_BY_HALVES
 
 }  // namespace ds::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
