@@ -4,6 +4,6 @@ from deepspeed._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(__name__, {
     name: f"deepspeed.ops.{name}"
-    for name in ("activations", "adagrad", "adam", "fp_quantizer", "lamb", "lion", "multi_tensor", "muon", "normalization", "quantizer",
+    for name in ("activations", "adagrad", "adam", "cross_entropy", "fp_quantizer", "lamb", "lion", "multi_tensor", "muon", "normalization", "quantizer",
                  "rope", "sgd", "softmax")
 })

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA twins of cross_entropy.h: a block owns a row. The forward pass reads it once, with a running maximum a thread; the gradient reads
+// it once more and writes it.
+#include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/cross_entropy/element.h"
+#include "kernels/softmax/reduce_row.cuh"
+
+namespace ds::kernels {
+namespace {
+
+using namespace cuda;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    loss_kernel(float* loss, float* stats, const typename T::Raw* x, const int64_t* labels, CrossEntropy c, bool is_aligned) {
+  const int64_t row = blockIdx.x, label = labels[row];
+  if (label == c.ignored) {  // the whole block
+    if (threadIdx.x == 0) {
+      loss[row] = stats[2 * row] = 0.0f;
+      stats[2 * row + 1] = 1.0f;
+    }
+    return;
+  }
+  x += row * c.columns;
+  OnlineSum online;
+  float total = 0.0f;
+  for (int64_t i = int64_t{threadIdx.x} * kPerThread; i < c.columns; i += kThreads * kPerThread) {
+    float v[kPerThread];
+    const Group at = group_at(i, c.columns, is_aligned);
+    load(T{}, x, at, v);
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      total += v[k];  // what load() put beyond the row is 0
+      v[k] = k < at.count ? v[k] : -INFINITY;
+    }
+    online.add(v);
+  }
+  RowStats s;
+  s.largest = BlockTeam::largest(online.largest);
+  s.sum = BlockTeam::sum(online.sum_at(s.largest));
+  if (c.smoothing != 0.0f) total = BlockTeam::sum(total);
+  if (threadIdx.x == 0) {
+    stats[2 * row] = s.largest;
+    stats[2 * row + 1] = s.sum;
+    loss[row] = row_loss(c, s, to_float(T{}, x[label]), total);
+  }
+}
+
+// dx may be x: an element, the label's too, is written by the thread that read it.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(typename T::Raw* dx, const typename T::Raw* x, const int64_t* labels, const float* stats, const float* weights, float weight,
+                    CrossEntropy c, bool is_aligned) {
+  const int64_t row = blockIdx.x, label = labels[row];
+  const float w = weights != nullptr ? weights[row] : weight;
+  const bool nothing = label == c.ignored || w == 0.0f;
+  const RowStats s{stats[2 * row], stats[2 * row + 1]};
+  const RowGradient g(c, s, w);
+  x += row * c.columns;
+  dx += row * c.columns;
+  for (int64_t i = int64_t{threadIdx.x} * kPerThread; i < c.columns; i += kThreads * kPerThread) {
+    float v[kPerThread] = {};
+    const Group at = group_at(i, c.columns, is_aligned);
+    if (!nothing) {
+      load(T{}, x, at, v);
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        const float e = expf(v[k] - s.largest);
+        v[k] = i + k == label ? g.at_label(e) : fmaf(e, g.factor, -g.everywhere);
+      }
+    }
+    store(T{}, v, dx, at);
+  }
+}
+
+}  // namespace
+
+void cross_entropy(float* loss, float* stats, const void* x, DType dtype, const int64_t* labels, const CrossEntropy& c, int64_t rows,
+                   cudaStream_t stream) {
+  if (rows == 0) return;
+  check_arrays(rows, {{loss, "loss"}, {stats, "stats"}, {x, "x"}, {labels, "labels"}});
+  dispatch_float(dtype, "x", [&](auto tag) {
+    using T = decltype(tag);
+    launch("cross_entropy", loss_kernel<T>, rows, stream, loss, stats, static_cast<const typename T::Raw*>(x), labels, c,
+           aligned({x}) && c.columns % kPerThread == 0);
+  });
+}
+
+void cross_entropy_backward(void* dx, const void* x, DType dtype, const int64_t* labels, const float* stats, const float* weights,
+                            float weight, const CrossEntropy& c, int64_t rows, cudaStream_t stream) {
+  if (rows == 0) return;
+  check_arrays(rows, {{dx, "dx"}, {x, "x"}, {labels, "labels"}, {stats, "stats"}});
+  dispatch_float(dtype, "x", [&](auto tag) {
+    using T = decltype(tag);
+    launch("cross_entropy_backward", gradient_kernel<T>, rows, stream, static_cast<typename T::Raw*>(dx),
+           static_cast<const typename T::Raw*>(x), labels, stats, weights, weight, c, aligned({dx, x}) && c.columns % kPerThread == 0);
+  });
+}
+
+}  // namespace ds::kernels
