@@ -71,7 +71,7 @@ def quantize(x, format="int8", group_size=128, symmetric=True, *, stochastic=Fal
     symmetric: the scale is max|x| / (largest code) of the block. Otherwise, for int8 and int4 only, codes go from the block's smallest to its
     largest value. The error is at most half the distance between neighbouring codes.
     stochastic: round up with the probability of the fraction, so that the mean over seeds is x; the error then is at most the whole distance.
-    The bits are a function of (seed, offset, element's index): see :mod:`deepspeed` ``csrc/kernels/philox.h``. offset: a multiple of 4.
+    The bits are a function of (seed, offset, element's index), see ``csrc/kernels/philox.h``. offset: a multiple of 4.
     Without a seed one is drawn from torch's CPU generator (pass one in compiled code).
     residual: float32, contiguous, of x's shape. x + residual is quantised and what it lost is left there for the next time (error feedback, Seide
     et al. 2014; zero for blocks that are not finite).

@@ -6,6 +6,7 @@
 DeepSpeed 0.19.8 has no quantiser for the CPU (its accelerator there answers NotImplementedBuilder). Bytes: x in and codes and scales out, or
 the other way round.
 """
+import ctypes
 import os
 import sys
 
@@ -111,6 +112,15 @@ def reduce_case(x, format, peers, ranks=4):
     return Case(name, contenders, check, sum(c.nbytes for c in chunks) + chunks[0].nbytes, {peer: 1.0 for peer in peers})
 
 
+def keep_pages():
+    """glibc otherwise gives arrays above 32 MiB back to the kernel: every call of every contender would pay for fresh pages, the copy not."""
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def alone_case(name, body, nbytes):
     return Case(name, {"ours": body}, lambda: None, nbytes)
 
@@ -142,4 +152,5 @@ def cases(args):
 
 
 if __name__ == "__main__":
+    keep_pages()
     main(__doc__, cases, numel=1 << 24, compiled=0)

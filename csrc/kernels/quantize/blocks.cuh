@@ -210,10 +210,9 @@ struct Turn {
   int rank;  // of the thread in its team
 
   __device__ __forceinline__ Turn(const Shape& s, int64_t base) {
-    const int per_block = kThreads / s.team;
     b = base + static_cast<int>(threadIdx.x) / s.team;
     rank = static_cast<int>(threadIdx.x) % s.team;
-    begin = b < s.blocks && per_block > 0 ? b * s.group_size : 0;
+    begin = b < s.blocks ? b * s.group_size : 0;
     const int64_t left = s.n - begin;
     length = b >= s.blocks ? 0 : left < s.group_size ? left : s.group_size;
   }
