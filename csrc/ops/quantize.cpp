@@ -9,6 +9,7 @@
 
 #include "kernels/quantize/quantize.h"
 #include "ops/arguments.h"
+#include "ops/fresh.h"
 
 namespace ds::ops {
 namespace {
@@ -204,7 +205,7 @@ at::Tensor dequantize(const at::Tensor& data, const at::Tensor& scale, const std
   const int64_t n = numel_of(shape);
   std::vector<at::Tensor> kept;
   const std::vector<ConstQuantized> sources = {source(b, n, data, scale, zero, data, kept)};
-  const at::Tensor out = at::empty(shape, at::TensorOptions().dtype(checked_dtype(dtype.value_or(at::kFloat))).device(data.device()));
+  const at::Tensor out = fresh(shape, at::TensorOptions().dtype(checked_dtype(dtype.value_or(at::kFloat))).device(data.device()));
   run_reduce(b, sources, 1.0f, n, out, nullptr, data);
   return out;
 }
@@ -232,7 +233,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dequantize_reduce(
     sources.push_back(source(b, n, data[k], scale[k], zero_point.empty() ? at::Tensor() : zero_point[k], data[0], kept));
   }
   const auto on = at::TensorOptions().device(data[0].device());
-  const at::Tensor out = dtype.has_value() ? at::empty(shape, on.dtype(checked_dtype(*dtype))) : at::Tensor();
+  const at::Tensor out = dtype.has_value() ? fresh(shape, on.dtype(checked_dtype(*dtype))) : at::Tensor();
   const Blocks again_blocks = out_format.has_value() ? to_blocks(*out_format, group_size, out_symmetric, "out_format", "out_symmetric") : b;
   const Rounding rounding = to_rounding(stochastic, seed, offset);
   QuantizedTensors result = make_quantized(again_blocks, out_format.has_value() ? n : 0, on);
@@ -247,7 +248,7 @@ at::Tensor fake_quantize(const at::Tensor& x, std::string_view format, int64_t g
   const Blocks b = to_blocks(format, group_size, symmetric);
   const Rounding rounding = to_rounding(stochastic, seed, offset);
   const at::Tensor source = x.contiguous();
-  const at::Tensor out = at::empty_like(source);
+  const at::Tensor out = fresh_like(source);
   const int64_t n = source.numel();
   if (n == 0) return out;
   const DType dtype = to_dtype(source.scalar_type());
