@@ -65,7 +65,7 @@ class PhiloxVectors {
       for (int v = 0; v < kCount; ++v) {
         const auto product = hn::BitCast(d, hn::MulEven(out[v], multipliers));          // lo0 hi0 lo1 hi1
         const auto rest = hn::BitCast(d, hn::ShiftRight<32>(hn::BitCast(d64, out[v])));  // c1 0 c3 0
-        out[v] = hn::Xor(hn::Shuffle0123(product), hn::Xor(rest, key));                  // hi1 lo1 hi0 lo0 ^ ...
+        out[v] = hn::Xor3(hn::Shuffle0123(product), rest, key);                           // hi1 lo1 hi0 lo0 ^ ...
       }
     }
   }

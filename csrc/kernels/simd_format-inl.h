@@ -139,6 +139,22 @@ HWY_INLINE void store_pair_as(BF16 tag, V a, V b, uint16_t* p) {
     store_as(tag, b, p + kLanes);
   }
 }
+#elif HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+// The same thought: one permutation of words packs both vectors, one comparison finds a NaN in either.
+HWY_INLINE void store_pair_as(BF16 tag, V a, V b, uint16_t* p) {
+  const auto round = [](V v) HWY_ATTR {
+    const __m512i u = _mm512_castps_si512(v.raw);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  };
+  alignas(64) static constexpr uint16_t kHighWords[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                          33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round(a), _mm512_load_si512(kHighWords), round(b)));
+  if (HWY_UNLIKELY(_mm512_cmp_ps_mask(a.raw, b.raw, _CMP_UNORD_Q) != 0)) {
+    store_as(tag, a, p);
+    store_as(tag, b, p + kLanes);
+  }
+}
 #endif
 
 }  // namespace ds::kernels::HWY_NAMESPACE

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // exp, the logistic function and the normal distribution in float32 vectors, each in two precisions: Fine for results kept in float32
-// (a few units in the last place), Coarse for results rounded to bfloat16 or float16 afterwards (relative 2^-15, a sixteenth of float16's
-// rounding). What the activations made of them err is measured over the whole range against fp64 by tests/cpp/kernels/activation_test.cpp.
+// (a few units in the last place), Coarse for results rounded to bfloat16 or float16 afterwards (relative 2^-15, for bfloat16 2^-13: a sixteenth
+// of the format's rounding). What the activations made of them err is measured over the whole range against fp64 by tests/cpp/kernels/activation_test.cpp.
 //
 // Method. exp: x = n ln 2 + r with the two-part ln 2 of Cody and Waite, a minimax polynomial in r, n added to the exponent bits.
 // The normal tail P(X > a) = exp(-a^2 / 2) M(a): the factor M (Mills' ratio over sqrt(2 pi)) is smooth, so with t = 1 / (1 + c a), as in
@@ -16,6 +16,8 @@
 #else
 #define DS_KERNELS_SIMD_MATH_INL_H_
 #endif
+
+#include <type_traits>
 
 #include "kernels/simd_format-inl.h"
 
@@ -33,6 +35,7 @@ HWY_INLINE V polynomial(const float (&c)[N], V x) {
 }
 
 struct Fine {
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kExp[] = {0.49999993447779073f, 0.16666520631627404f, 0.04166838804884497f, 0.008368716887328294f,
                                    0.0013814598474067253f};
   static constexpr float kTailScale = 0.27f;
@@ -61,14 +64,17 @@ struct Fine {
   }
 };
 
-struct Coarse {
+template <bool kRefine>
+struct CoarseOf {
+  static constexpr float kLn2High = 0.693147181f, kLn2Low = 0.0f;
   static constexpr float kExp[] = {0.5000511805251334f, 0.16753531273370084f, 0.04127767130198766f};
   static constexpr float kTailScale = 0.3f;
   static constexpr float kTail[] = {0.1200922355055809f,    0.11355042457580566f, 0.14495497941970825f,
                                     -0.018355390056967735f, 0.21726857125759125f, -0.07750705629587173f};
   static HWY_INLINE V reciprocal(V x) {
-#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR  // 12 bits or more, twice as many after a step
+#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR  // 11 bits (AVX-512: 14), twice as many after a step
     const V guess = hn::ApproximateReciprocal(x);
+    if (!kRefine && HWY_TARGET <= HWY_AVX3) return guess;
     return hn::MulAdd(guess, hn::NegMulAdd(x, guess, constant(1.0f)), guess);
 #else
     return hn::Div(constant(1.0f), x);
@@ -80,21 +86,22 @@ struct Coarse {
 // The precision that a storage format asks for.
 template <class T>
 struct Precision {
-  using Type = Coarse;
+  using Type = CoarseOf<std::is_same<T, F16>::value>;
 };
 template <>
 struct Precision<F32> {
   using Type = Fine;
 };
 
-// exp(x) for x in [-87, 88], relative error 2^-23 (Fine) or 2^-17 (Coarse).
+// exp(x) for x in [-87, 88], relative error 2^-23 (Fine) or 2^-16 (Coarse).
 template <class P>
 HWY_INLINE V exp_bounded(V x) {
   const hn::Rebind<uint32_t, FloatTag> du32;
   const V shifter = constant(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
   const V shifted = hn::MulAdd(x, constant(1.44269504088896341f), shifter);
   const V n = hn::Sub(shifted, shifter);
-  const V r = hn::NegMulAdd(n, constant(-2.12194440e-4f), hn::NegMulAdd(n, constant(0.693359375f), x));
+  const V r = P::kLn2Low == 0.0f ? hn::NegMulAdd(n, constant(P::kLn2High), x)
+                                 : hn::NegMulAdd(n, constant(P::kLn2Low), hn::NegMulAdd(n, constant(P::kLn2High), x));
   const V one_plus = hn::MulAdd(hn::MulAdd(polynomial(P::kExp, r), r, constant(1.0f)), r, constant(1.0f));
   return hn::BitCast(FloatTag(), hn::Add(hn::BitCast(du32, one_plus), hn::ShiftLeft<23>(hn::BitCast(du32, shifted))));
 }

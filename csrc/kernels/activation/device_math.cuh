@@ -31,7 +31,7 @@ __device__ __forceinline__ Logistic logistic(float x) {
   return x < 0.0f ? Logistic{small, large} : Logistic{large, small};
 }
 
-// P(X <= x) and exp(-x^2 / 2); the polynomial is simd_math-inl.h's Coarse::kTail.
+// P(X <= x) and exp(-x^2 / 2); the polynomial is simd_math-inl.h's CoarseOf::kTail.
 template <bool kFast>
 __device__ __forceinline__ void normal(float x, float& cdf, float& bell) {
   bell = exponential<kFast>(-0.5f * x * x);

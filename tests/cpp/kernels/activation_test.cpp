@@ -99,18 +99,21 @@ TEST(Activation, NanGoesThroughAndLargeValuesSaturate) {
   });
 }
 
+// What the method errs before the result is rounded.
+double own_error(DType t) { return t == DType::F32 ? 4 * kEps32 : t == DType::F16 ? 0x1p-15 : 0x1p-13; }
+
 // How far a result may lie from the rounded reference: one unit in the last place, the method's error before rounding, and the rounding of
 // x + bias, which are below 8.
 void expect_near(Array& got, Array& want, int64_t i, double magnitude) {
   const DType t = got.dtype();
   const double eps = t == DType::F32 ? kEps32 : t == DType::F16 ? 0x1p-10 : 0x1p-7;
-  const double own = t == DType::F32 ? 4 * kEps32 : 0x1p-15;
+  const double own = own_error(t);
   const double tiny = t == DType::F16 ? 0x1p-24 : 1e-30;
   ASSERT_NEAR(got.get(i), want.get(i), eps * std::abs(want.get(i)) + own * magnitude + 4 * kEps32 + tiny) << dtype_name(t) << " element " << i;
 }
 
 void expect_sums(Array& got, Array& want, DType dtype, int64_t rows, int64_t cols, double magnitude) {
-  const double own = dtype == DType::F32 ? 4 * kEps32 : 0x1p-15;
+  const double own = own_error(dtype);
   for (int64_t c = 0; c < cols; ++c) ASSERT_NEAR(got.get(c), want.get(c), rows * magnitude * (own + rows * kEps32)) << c;
   EXPECT_TRUE(got.guards_intact());
 }
