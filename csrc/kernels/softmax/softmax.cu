@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(kThreads)
     softmax_kernel(typename T::Raw* y, const typename T::Raw* x, SoftmaxRows s, MaskView mask, int64_t rows, bool is_aligned) {
   const int64_t row = Team::row();
   if (row >= rows) return;  // a whole team
-  const int64_t visible = visible_columns(s, row);
+  const int columns = static_cast<int>(s.columns), visible = static_cast<int>(visible_columns(s, row));
   const RowMask m = row_mask(mask, row);
   x += row * s.columns;
   y += row * s.columns;
   float z[kGroups][kPerThread], largest = -INFINITY, sum = 0.0f;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int64_t i = (int64_t{g} * Team::kSize + Team::rank()) * kPerThread;
+    const int i = (g * Team::kSize + Team::rank()) * kPerThread;
     if (i < visible) {
       load_logits(T{}, x, s.scale, m, group_at(i, visible, is_aligned), z[g]);
     } else {
@@ -107,11 +107,11 @@ __global__ void __launch_bounds__(kThreads)
   const float factor = inverse(sum);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int64_t i = (int64_t{g} * Team::kSize + Team::rank()) * kPerThread;
-    if (i >= s.columns) continue;
+    const int i = (g * Team::kSize + Team::rank()) * kPerThread;
+    if (i >= columns) continue;
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) z[g][k] = divide(z[g][k], sum, factor);
-    store_visible(T{}, z[g], y, i, visible, s.columns, is_aligned);
+    store_visible(T{}, z[g], y, i, visible, columns, is_aligned);
   }
 }
 
@@ -145,14 +145,14 @@ __global__ void __launch_bounds__(kThreads)
     backward_kernel(typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, SoftmaxRows s, int64_t rows, bool is_aligned) {
   const int64_t row = Team::row();
   if (row >= rows) return;  // a whole team
-  const int64_t visible = visible_columns(s, row);
+  const int columns = static_cast<int>(s.columns), visible = static_cast<int>(visible_columns(s, row));
   dx += row * s.columns;
   dy += row * s.columns;
   y += row * s.columns;
   float grad[kGroups][kPerThread], p[kGroups][kPerThread], dot = 0.0f;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int64_t i = (int64_t{g} * Team::kSize + Team::rank()) * kPerThread;
+    const int i = (g * Team::kSize + Team::rank()) * kPerThread;
     if (i < visible) {
       load(T{}, dy, group_at(i, visible, is_aligned), grad[g]);
       load(T{}, y, group_at(i, visible, is_aligned), p[g]);
@@ -166,11 +166,11 @@ __global__ void __launch_bounds__(kThreads)
   dot = Team::sum(dot);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int64_t i = (int64_t{g} * Team::kSize + Team::rank()) * kPerThread;
-    if (i >= s.columns) continue;
+    const int i = (g * Team::kSize + Team::rank()) * kPerThread;
+    if (i >= columns) continue;
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) grad[g][k] = s.scale * p[g][k] * (grad[g][k] - dot);
-    store_visible(T{}, grad[g], dx, i, visible, s.columns, is_aligned);
+    store_visible(T{}, grad[g], dx, i, visible, columns, is_aligned);
   }
 }
 
