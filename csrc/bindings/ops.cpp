@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "optim/long_lived.h"
 #include "optim/multi_tensor.h"
 #include "optim/tensor_step.h"
 
@@ -76,6 +77,9 @@ void bind_ops(py::module_& m) {
         py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::kw_only(), py::arg("step"), py::arg("lr"),
         py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("bias_correction"),
         py::arg("eps_inside_sqrt"), py::arg("min_coeff"), py::arg("max_coeff"), py::arg("grad_scale") = 1.0f, py::arg("low_bits") = Tensors(), py::arg("scales") = Scales(), py::arg("rounding") = Dice(), Release());
+  m.def("long_lived_zeros",
+        [](int64_t numel, at::ScalarType dtype, at::Device device) { return optim::long_lived_zeros(numel, dtype, device); },
+        py::arg("numel"), py::arg("dtype"), py::arg("device"), Release());
   m.def("squared_norm", &optim::squared_norm, py::arg("tensors"), Release());
   m.def("scale_tensors", &optim::scale_tensors, py::arg("tensors"), py::arg("factor"), Release());
 }

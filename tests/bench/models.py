@@ -116,6 +116,7 @@ MODELS = {
     for model in (
         _gpt("gpt-2m", 128, 4),  # for trying the scripts out
         _gpt("gpt-25m", 512, 8),
+        _gpt("gpt-135m", 768, 19),
         _gpt("gpt-300m", 1024, 24),
         Model("tiny1024", Chain, Chain.width, 0, Chain.width),
     )

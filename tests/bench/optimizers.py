@@ -1,133 +1,208 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer updates and gradient sums beside torch, DeepSpeed's CPU Adam (if it is installed elsewhere: --peer) and the memory's ceiling, in one run.
+"""Optimizer updates and list operations beside torch, DeepSpeed's CPU Adam (--peer PYTHON: an environment that has it) and a plain copy.
 
-    python tests/bench/optimizers.py [--numel 12500000] [--threads 1] [--rounds 8] [--peer /path/to/python/with/deepspeed]
+    python tests/bench/optimizers.py [--numel 64000000] [--threads 1] [--rounds 7] [--peer /path/to/python] [--only AdamW] [--device cuda]
+    python tests/bench/optimizers.py --alone 500000000 --peer ...     # contenders one after another, for sizes of which memory holds only one
 
-Every case is checked against the plain reference before it is timed; a wrong one ends the run. Contestants take turns in every round, so
-that a busy machine hurts all alike; the best round counts. Bytes are those an update must move: each array once in, once out.
-The ceiling for an update is the same arrays read and written by torch's cheapest in-place operation that touches as many streams: p += c g.
+Bytes are those an update must move: each array once in, once out (a copy's: as many). The peer steps in a process of its own, in turn with ours.
 """
-import argparse
+import gc
+import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import op_race
+import torch
+from op_race import CEILING, OURS, Case
 
-import torch  # noqa: E402
-
-from deepspeed._native import lib  # noqa: E402
 from deepspeed.ops import reference  # noqa: E402
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad  # noqa: E402
 from deepspeed.ops.adam import FusedAdam  # noqa: E402
 from deepspeed.ops.lion import FusedLion  # noqa: E402
+from deepspeed.ops.multi_tensor import clip_grad_norm_  # noqa: E402
+from deepspeed.ops.sgd import FusedSGD  # noqa: E402
+
+BAR = 1.05  # the best of the peers over ours, for Adam
+CHECKED = 10_007
 
 _PEER = """
-import sys, time, torch
-n, threads, rounds = (int(x) for x in sys.argv[1:])
+import sys, torch
+n, threads = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(threads)
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 p = torch.nn.Parameter(torch.randn(n)); p.grad = torch.randn(n)
 optimizer = DeepSpeedCPUAdam([p], weight_decay=0.01)
-best = 1e9
-for _ in range(rounds + 2):
-    start = time.perf_counter(); optimizer.step(); best = min(best, time.perf_counter() - start)
-print(best)
+optimizer.step()
+print("READY", flush=True)
+for line in sys.stdin:
+    optimizer.step(); print("DONE", flush=True)
 """
 
 
-def parameter(numel, dtype=torch.float32):
-    p = torch.nn.Parameter(torch.randn(numel).to(dtype))
-    p.grad = torch.randn(numel).to(dtype)
+class Peer:
+    """DeepSpeedCPUAdam of another environment: calling it makes one step and waits for it."""
+
+    def __init__(self, python, numel, threads):
+        self.process = subprocess.Popen([python, "-c", _PEER, str(numel), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True, cwd="/")
+        self._wait_for("READY")
+
+    def _wait_for(self, word):
+        for line in self.process.stdout:  # it also prints what it compiles
+            if line.strip() == word:
+                return
+        raise SystemExit("the peer failed")
+
+    def __call__(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._wait_for("DONE")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def parameter(numel, dtype=torch.float32, device="cpu"):
+    p = torch.nn.Parameter(torch.randn(numel, device=device).to(dtype))
+    p.grad = torch.randn(numel, device=device).to(dtype)
     return p
 
 
-def check_adam(dtype):
-    """One FusedAdam step against the reference formula in float64."""
-    p = parameter(10_007, dtype)
-    exact = [p.detach().double(), p.grad.double(), torch.zeros(10_007).double(), torch.zeros(10_007).double()]
-    FusedAdam([p], weight_decay=0.01).step()
-    reference.adam_step(*([x] for x in exact), step=1, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, adamw=True,
-                        bias_correction=True)
-    torch.testing.assert_close(p.detach().double(), exact[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-8)
+def checker(make, exact_update, device, dtype=torch.float32):
+    """One step of make([p]) against the formula in float64: within four roundings of the parameter's dtype, or of float32 near zero."""
+    def check():
+        p = parameter(CHECKED, dtype, device)
+        exact, grad = p.detach().double(), p.grad.double()
+        make([p]).step()
+        exact_update(exact, grad)
+        torch.testing.assert_close(p.detach().double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    return check
 
 
-def check_others():
-    for kind, update in ((FusedLion, "lion_step"), (DeepSpeedCPUAdagrad, "adagrad_step")):
-        p = parameter(10_007)
-        exact = [p.detach().double(), p.grad.double(), torch.zeros(10_007).double()]
-        kind([p], lr=1e-3).step()
-        options = dict(beta1=0.9, beta2=0.999) if kind is FusedLion else dict(eps=1e-10)
-        getattr(reference, update)(*([x] for x in exact), lr=1e-3, weight_decay=0.0, **options)
-        torch.testing.assert_close(p.detach().double(), exact[0], rtol=1e-6, atol=1e-8)
+def _exact(name, states, **options):
+    def update(p, g):
+        getattr(reference, name)([p], [g], *([torch.zeros_like(p)] for _ in range(states)), weight_decay=0.01, lr=1e-3, **options)
+    return update
 
 
-def race(contestants, rounds):
-    """{name: best seconds}; contestants take turns."""
-    best = {name: float("inf") for name in contestants}
-    for turn in range(rounds + 2):
-        for name, body in contestants.items():
-            start = time.perf_counter()
-            body()
-            if turn >= 2:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
+ADAM = _exact("adam_step", 2, step=1, beta1=0.9, beta2=0.999, eps=1e-8, adamw=True, bias_correction=True)
+LION = _exact("lion_step", 1, beta1=0.9, beta2=0.999)
+ADAGRAD = _exact("adagrad_step", 1, eps=1e-10)
+SGD = _exact("sgd_step", 1, momentum=0.9, dampening=0.0, nesterov=False, first_step=True)
 
 
-def peer_seconds(python, numel, threads, rounds):
-    """DeepSpeedCPUAdam of another environment, in its own process."""
-    result = subprocess.run([python, "-c", _PEER, str(numel), str(threads), str(rounds)], capture_output=True, text=True, cwd="/")
-    if result.returncode != 0:
-        sys.exit(f"the peer failed:\n{result.stderr[-2000:]}")
-    return float(result.stdout.split()[-1])
+def adam(params, **options):
+    return FusedAdam(params, lr=1e-3, weight_decay=0.01, **options)
 
 
-def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--numel", type=int, default=12_500_000)
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--rounds", type=int, default=8)
-    arguments.add_argument("--peer", help="python of an environment with DeepSpeed")
-    args = arguments.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        check_adam(dtype)
-    check_others()
+def torch_adam(params):
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01, fused=True)
 
-    n, bf16 = args.numel, torch.bfloat16
-    adamw = torch.optim.AdamW([parameter(n)], weight_decay=0.01, fused=True)
-    narrow_adamw = torch.optim.AdamW([parameter(n, bf16)], weight_decay=0.01, fused=True)
-    adam, narrow = FusedAdam([parameter(n)], weight_decay=0.01), FusedAdam([parameter(n, bf16)], weight_decay=0.01)
-    lion = FusedLion([parameter(n)])
-    adagrad, torch_adagrad = DeepSpeedCPUAdagrad([parameter(n)]), torch.optim.Adagrad([parameter(n)], fused=True)
-    a, b = torch.randn(n), torch.randn(n)
-    low, copies = torch.empty(n, dtype=bf16), (torch.randn(n), torch.empty(n))
-    cases = {
-        # name: (body, bytes an element)
-        "ceiling: copy": (lambda: copies[1].copy_(copies[0]), 8),
-        "ceiling: p += c g": (lambda: a.add_(b, alpha=1e-9), 12),
-        "AdamW fp32, torch fused": (adamw.step, 28),
-        "AdamW fp32, ours": (adam.step, 28),
-        "AdamW bf16, torch fused (bf16 states)": (narrow_adamw.step, 14),
-        "AdamW bf16, ours (fp32 states)": (narrow.step, 22),
-        "Lion fp32, ours": (lion.step, 20),
-        "Adagrad fp32, torch fused": (torch_adagrad.step, 20),
-        "Adagrad fp32, ours": (adagrad.step, 20),
-        "cast fp32 -> bf16, torch": (lambda: low.copy_(a), 6),
-        "cast fp32 -> bf16, ours": (lambda: lib().copy_scale(low, a, 1.0), 6),
-    }
-    best = race({name: body for name, (body, _) in cases.items()}, args.rounds)
-    if args.peer:
-        cases["AdamW fp32, DeepSpeedCPUAdam"] = (None, 28)
-        best["AdamW fp32, DeepSpeedCPUAdam"] = peer_seconds(args.peer, n, args.threads, args.rounds)
-    ceiling = max(cases[c][1] * n / best[c] for c in cases if c.startswith("ceiling"))
-    print(f"{n:,} elements, {args.threads} thread(s); ceiling {ceiling / 1e9:.1f} GB/s")
-    for name, (_, size) in cases.items():
-        rate = size * n / best[name]
-        print(f"{name:40s} {best[name] * 1e3:8.2f} ms {rate / 1e9:7.1f} GB/s {rate / ceiling:6.0%} of the ceiling")
+
+def storages(n, device):
+    """AdamW in every form of master and state: (name, bytes an element, dtype, options)."""
+    bf16 = torch.bfloat16
+    for name, size, dtype, options in [
+            ("bf16, fp32 states", 22, bf16, {}), ("split master", 26, bf16, dict(master="split")),
+            ("bf16 stochastic", 22, bf16, dict(rounding="stochastic")), ("split, bf16 states", 18, bf16, dict(master="split", state_dtype=bf16)),
+            ("split, 8-bit states", 14, bf16, dict(master="split", state_dtype="8bit")), ("fp32, 8-bit states", 16, torch.float32, dict(state_dtype="8bit"))]:
+        make = lambda ps, options=options: adam(ps, **options)  # noqa: E731
+        peer = torch_adam([parameter(n, dtype, device)]).step
+        yield Case(f"AdamW {name}", {OURS: make([parameter(n, dtype, device)]).step, f"torch fused ({'14' if dtype == bf16 else '28'} B)": peer},
+                   checker(make, ADAM, device, dtype), size * n)
+
+
+def many_small(device, count=20_000, numel=64):
+    """Small parameters: what counts is what each of them costs besides its elements."""
+    def params():
+        values, grads = torch.randn(count, numel, device=device), torch.randn(count, numel, device=device)
+        ps = [torch.nn.Parameter(v) for v in values.unbind()]
+        for p, g in zip(ps, grads.unbind()):
+            p.grad = g
+        return ps
+
+    ours, theirs = params(), params()
+    fused, other = adam(ours), torch_adam(theirs)
+    yield Case(f"AdamW {count} x {numel}", {OURS: fused.step, "torch fused": other.step}, checker(adam, ADAM, device),
+               bars={"torch fused": 3.0 if device == "cuda" else 1.0})
+    yield Case(f"clip_grad_norm_ {count} x {numel}",
+               {OURS: lambda: clip_grad_norm_(ours, 1e9), "torch": lambda: torch.nn.utils.clip_grad_norm_(theirs, 1e9)}, lambda: check_clip(device))
+
+
+def check_clip(device):
+    ours, theirs = parameter(CHECKED, device=device), parameter(CHECKED, device=device)
+    theirs.grad.copy_(ours.grad)
+    norm, other = clip_grad_norm_([ours], 1.0), torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+    torch.testing.assert_close(norm.float(), other)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=0)
+
+
+def cases(args):
+    if args.alone:
+        return
+    n, device = args.numel, args.device
+    contenders = {OURS: adam([parameter(n, device=device)]).step, "torch fused": torch_adam([parameter(n, device=device)]).step}
+    peer = Peer(args.peer, n, args.threads) if args.peer and device == "cpu" else None
+    if peer:
+        contenders["DeepSpeedCPUAdam"] = peer
+    yield Case("AdamW fp32", contenders, checker(adam, ADAM, device), 28 * n, {name: BAR for name in contenders if name != OURS})
+    if peer:
+        peer.close()
+    del contenders
+    yield from storages(n, device)
+    lion = lambda ps: FusedLion(ps, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)  # noqa: E731
+    yield Case("Lion fp32", {OURS: lion([parameter(n, device=device)]).step}, checker(lion, LION, device), 20 * n)
+    adagrad = lambda ps: DeepSpeedCPUAdagrad(ps, lr=1e-3, weight_decay=0.01)  # noqa: E731
+    contenders = {OURS: adagrad([parameter(n, device=device)]).step}
+    if device == "cpu":
+        contenders["torch fused"] = torch.optim.Adagrad([parameter(n)], lr=1e-3, weight_decay=0.01, fused=True).step
+    yield Case("Adagrad fp32", contenders, checker(adagrad, ADAGRAD, device), 20 * n)
+    sgd = lambda ps: FusedSGD(ps, lr=1e-3, momentum=0.9, weight_decay=0.01)  # noqa: E731
+    theirs = torch.optim.SGD([parameter(n, device=device)], lr=1e-3, momentum=0.9, weight_decay=0.01, fused=True)
+    yield Case("SGD fp32", {OURS: sgd([parameter(n, device=device)]).step, "torch fused": theirs.step}, checker(sgd, SGD, device), 20 * n)
+    ours, theirs = parameter(n, device=device), parameter(n, device=device)
+    yield Case("clip_grad_norm_ fp32", {OURS: lambda: clip_grad_norm_([ours], 1e9),
+                                        "torch": lambda: torch.nn.utils.clip_grad_norm_([theirs], 1e9)}, lambda: check_clip(device), 4 * n)
+    yield from many_small(device)
+
+
+def median_of(body, rounds, copy):
+    """Median seconds of body(), and of copy(), in turns."""
+    spent = {body: [], copy: []}
+    for turn in range(rounds + 1):
+        for work in spent:
+            begin = time.perf_counter()
+            work()
+            if turn:
+                spent[work].append(time.perf_counter() - begin)
+    return statistics.median(spent[body]), statistics.median(spent[copy])
+
+
+def alone(numel, threads, rounds, python):
+    """AdamW fp32, one contender in memory at a time, each beside a copy of 256 MiB."""
+    torch.set_num_threads(threads)
+    checker(adam, ADAM, "cpu")()
+    source, target = torch.ones(2**26), torch.empty(2**26)
+    makers = {OURS: lambda: adam([parameter(numel)]).step, "torch fused": lambda: torch_adam([parameter(numel)]).step}
+    if python:
+        makers["DeepSpeedCPUAdam"] = lambda: Peer(python, numel, threads)
+    print(f"AdamW fp32, {numel:,} elements, {threads} thread(s), one after another")
+    for name, make in makers.items():
+        body = make()
+        seconds, copy_seconds = median_of(body, rounds, lambda: target.copy_(source))
+        rate, copy_rate = 28 * numel / seconds / 1e9, 2 * source.nbytes / copy_seconds / 1e9
+        print(f"{name:18s} {seconds * 1e3:9.1f} ms {rate:6.1f} GB/s, {CEILING} {copy_rate:6.1f} GB/s: {rate / copy_rate:5.0%}", flush=True)
+        if isinstance(body, Peer):
+            body.close()
+        del body
+        gc.collect()
 
 
 if __name__ == "__main__":
-    main()
+    if "--alone" in sys.argv:
+        option = lambda name, default: sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default  # noqa: E731
+        alone(int(option("--alone", 0)), int(option("--threads", 1)), int(option("--rounds", 3)), option("--peer", ""))
+    else:
+        op_race.main(__doc__, cases, numel=64_000_000, peer="", alone=0)
