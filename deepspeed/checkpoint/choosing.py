@@ -3,12 +3,17 @@
 import os
 
 from deepspeed.checkpoint import folders, manifest
+from deepspeed.checkpoint.foreign.folder import is_foreign
 from deepspeed.checkpoint.source import CheckpointError
 from deepspeed.telemetry import logger
 
 
-def open_source(folder):
-    """The CheckpointSource in a folder. CheckpointError when there is none that can be read."""
+def open_source(folder, group_names=None):
+    """The CheckpointSource in a folder, ours or DeepSpeed's. CheckpointError when there is none that can be read. group_names: the
+    parameters of each of the optimizer's groups, for files that number instead of naming them (foreign/stage0.py)."""
+    if not manifest.is_checkpoint(folder) and is_foreign(folder):
+        from deepspeed.checkpoint.foreign.adapter import ForeignCheckpoint
+        return ForeignCheckpoint(folder, group_names)
     return manifest.Checkpoint(folder)
 
 

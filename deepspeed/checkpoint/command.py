@@ -105,7 +105,7 @@ def describe(source):
     # Of ours the manifest's own text will do: decoding the state may need torch.
     state = document.get("state", {}) if document is not None else source.state
     step = (state.get("counters") or {}).get("global_steps")
-    writer = getattr(source, "origin", None) or f"this library's format, {state.get('world_size', document.get('world_size', '?') if document else '?')} ranks"
+    writer = getattr(source, "origin", None) or f"this library's format, {source.world_size} rank{'s' * (source.world_size != 1)}"
     words = [writer] + ([f"step {step}"] if step is not None else [])
     words.append(f"{parameters:,} parameters")
     words.append("states: " + ", ".join(sorted(states)) if states else "no optimizer states")

@@ -58,6 +58,17 @@ class Holdings:
                 if home is not None and home.index in optimizer.group_of and self._flat(home)["trainable"]:
                     self.trained[name] = home.index
 
+    def group_names(self):
+        """The parameters' names by the optimizer's groups, in the caller's order; None without an optimizer."""
+        if self.optimizer is None:
+            return None
+        name_of = {home_of(p).index: name for name, p in self.names.parameters.items() if home_of(p) is not None}
+        groups = [[] for _ in self.optimizer.param_groups]
+        for index in self.optimizer.caller_order:
+            if index in name_of:
+                groups[self.optimizer.group_of[index]].append(name_of[index])
+        return groups
+
     def _flat(self, home):
         store = self.managed.store
         return store.flat_info(store.param_place(home.index)[1])

@@ -71,15 +71,16 @@ class CheckpointMethods:
         return source.path, checkpoint_state.client_state_of(source)
 
     def _load_candidates(self, load_dir, tag):
-        names = ("latest_universal", "latest") if self._config.checkpoint.load_universal else ("latest",)
+        names = ("latest_universal", "latest") if self._config.checkpoint.load_universal else ("latest", "latest_universal")
         return candidates(load_dir, tag, names)
 
     def _load_from(self, folder, ranks, strict, with_states, custom_load_fn):
         what = f"loading {folder}"
 
         def plan():
-            source = open_source(folder)
-            loading = Loading(source, checkpoint_state.holdings_of(self), strict and custom_load_fn is None, with_states)
+            holdings = checkpoint_state.holdings_of(self)
+            source = open_source(folder, holdings.group_names())
+            loading = Loading(source, holdings, strict and custom_load_fn is None, with_states)
             loading.plan()
             source.state   # whether it can be read shows now
             return loading

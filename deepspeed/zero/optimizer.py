@@ -58,6 +58,8 @@ class ShardedOptimizer(ZeROOptimizer):
         self.skipped_bad = 0
         self._norm = None
         self.group_of = {index: group_of[id(p)] for index, p in enumerate(managed.params) if p is not None and id(p) in group_of}
+        index_of = {id(p): index for index, p in enumerate(managed.params) if p is not None}
+        self.caller_order = [index_of[key] for key in group_of if key in index_of]   # store indices, group by group as the caller listed them
         self.slices = self._make_slices(group_of)
         self._where = {}     # store index -> (slice number, segment)
         for number, s in enumerate(self.slices):

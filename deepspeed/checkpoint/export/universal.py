@@ -100,7 +100,7 @@ def _model_state(source):
             "shared_params": dict(source.aliases), "frozen_param_fragments": None, "lr_scheduler": _plain(state.get("lr_scheduler")),
             "data_sampler": None, "random_ltd": None, "skipped_steps": counters.get("skipped_steps", 0),
             "global_steps": counters.get("global_steps", 0), "global_samples": counters.get("global_samples", 0),
-            "dp_world_size": state.get("world_size", 1), "mp_world_size": 1, "ds_config": {}, "ds_version": _VERSION,
+            "dp_world_size": source.world_size or 1, "mp_world_size": 1, "ds_config": {}, "ds_version": _VERSION,
             "universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
 
 

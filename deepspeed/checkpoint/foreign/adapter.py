@@ -32,6 +32,7 @@ class ForeignCheckpoint(RangeSource):
         except (ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(str(error)) from error
         self.contents = contents
+        self.world_size = contents.world_size
         self.origin = contents.origin
         self.unnamed = contents.unnamed
         self.frozen = contents.frozen
@@ -49,7 +50,9 @@ class ForeignCheckpoint(RangeSource):
 
     def _read_state(self):
         contents = self.contents
-        state = {"client_state": materialise(contents.client_state), "world_size": contents.world_size}
+        state = {"client_state": materialise(contents.client_state),
+                 "bookkeeping": {"ds_version": contents.version, "ds_config": materialise(contents.config)},
+                 "dynamic_loss_scale": bool((contents.loss_scaler or {}).get("dynamic_loss_scale", False))}
         if contents.engine:
             state["counters"] = dict(contents.engine)
         if contents.lr_scheduler is not None:
@@ -66,7 +69,15 @@ class ForeignCheckpoint(RangeSource):
         groups = [{"params": list(group["params"]), "values": {key: value for key, value in materialise(group).items() if key not in ("params", "step")}}
                   for group in self.contents.groups]
         return {"class": None, "steps": steps, "missed_steps": {name: steps - taken for name, taken in self.contents.steps.items() if taken < steps},
-                "groups": groups, "parts": {name: {"step": taken} for name, taken in self.contents.steps.items()}}
+                "groups": groups}
+
+    def slice_parts(self):
+        """DeepSpeed's own optimizers count updates as torch's do."""
+        import torch
+        return {name: [(0, self._numel(name), {"step": torch.tensor(float(taken))})] for name, taken in self.contents.steps.items()}
+
+    def _numel(self, name):
+        return next((self.tensors[name, kind].numel for kind in ("fp32", "weight") if (name, kind) in self.tensors), 0)
 
     def verify(self):
         problems, seen = [], set()
