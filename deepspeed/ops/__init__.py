@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused operations. Nothing is imported before it is asked for."""
-from deepspeed._lazy import attach
+from deepspeed._lazy import attach, names
+
+_MODULES = ("activations", "adagrad", "adam", "cross_entropy", "fp_quantizer", "lamb", "lion", "multi_tensor", "muon", "normalization", "quantizer",
+            "rope", "sgd", "softmax")
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    name: f"deepspeed.ops.{name}"
-    for name in ("activations", "adagrad", "adam", "cross_entropy", "fp_quantizer", "lamb", "lion", "multi_tensor", "muon", "normalization", "quantizer",
-                 "rope", "sgd", "softmax")
+    **names("deepspeed.ops.replace", "replace_modules", "restore_modules"),
+    **{name: f"deepspeed.ops.{name}" for name in _MODULES},
 })

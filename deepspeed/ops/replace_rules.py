@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules replace_modules() knows: how each is recognised, with which settings it is tried, and what its forward becomes."""
+from dataclasses import dataclass
+
+import torch
+
+from deepspeed.ops import activations, cross_entropy, normalization, softmax
+
+
+@dataclass(frozen=True)
+class Rule:
+    """forwards: {candidate: forward(self, ...)}. candidates(module): which of them may fit, best guess first; none: the rule does not apply.
+    configuration(module): what, besides class, dtype and device, makes two modules alike (hashable). sample(module): random inputs."""
+    name: str
+    forwards: dict
+    candidates: object
+    configuration: object
+    sample: object
+
+
+# ---- norms
+
+def _layer_norm(self, input):
+    return normalization.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _torch_rms_norm(self, x):
+    eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+    return normalization.rms_norm(x, self.weight, eps)
+
+
+def _hf_eps(module):
+    eps = getattr(module, "variance_epsilon", None)
+    return getattr(module, "eps", None) if eps is None else eps
+
+
+def _hf_rms_norm(self, hidden_states):
+    return normalization.rms_norm(hidden_states, self.weight, _hf_eps(self))
+
+
+def _hf_rms_norm_from_one(self, hidden_states):
+    return normalization.rms_norm(hidden_states, self.weight, _hf_eps(self), weight_offset=1.0)
+
+
+def _rms_norm_candidates(module):
+    if type(module) is torch.nn.RMSNorm:
+        return ["torch"] if len(module.normalized_shape) == 1 and module.weight is not None else []
+    alike = (type(module).__name__.endswith("RMSNorm") and list(module._parameters) == ["weight"] and not module._modules
+             and isinstance(_hf_eps(module), float) and module.weight is not None and module.weight.dim() == 1)
+    return ["weight", "one plus weight"] if alike else []
+
+
+# ---- activations
+
+_GELU = {"GELU", "GELUActivation", "PytorchGELUTanh", "GELUTanh", "NewGELUActivation", "FastGELUActivation"}
+_SILU = {"SiLU", "SiLUActivation"}
+
+
+def _activation_candidates(module):
+    name = type(module).__name__
+    if list(module.parameters()) or getattr(module, "inplace", False):
+        return []
+    return ["gelu", "gelu_tanh"] if name in _GELU else ["silu"] if name in _SILU else []
+
+
+# ---- MLPs with a gate
+
+def _gated(activation):
+    def forward(self, x):
+        return self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
+    return forward
+
+
+def _gated_mlp_candidates(module):
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    linear = all(type(children.get(name)) is torch.nn.Linear for name in ("gate_proj", "up_proj", "down_proj"))
+    if not linear or set(children) - {"gate_proj", "up_proj", "down_proj", "act_fn"} or "act_fn" not in {*children, *module.__dict__}:
+        return []
+    return ["swiglu", "geglu", "geglu_tanh"]
+
+
+# ---- softmax and loss
+
+def _softmax(self, input):
+    return softmax.scaled_masked_softmax(input)
+
+
+def _cross_entropy(self, input, target):
+    return cross_entropy.cross_entropy(input, target, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+                                       reduction=self.reduction)
+
+
+def _rows(*columns):
+    """Seven rows, an odd number that no vector length divides."""
+    return torch.randn(7, *columns)
+
+
+RULES = (
+    Rule("layer_norm", {"torch": _layer_norm},
+         candidates=lambda m: ["torch"] if type(m) is torch.nn.LayerNorm else [],
+         configuration=lambda m: (m.normalized_shape, m.eps, m.weight is None, m.bias is None),
+         sample=lambda m: [_rows(*m.normalized_shape)]),
+    Rule("rms_norm", {"torch": _torch_rms_norm, "weight": _hf_rms_norm, "one plus weight": _hf_rms_norm_from_one},
+         candidates=_rms_norm_candidates,
+         configuration=lambda m: (tuple(m.weight.shape), _hf_eps(m)),
+         sample=lambda m: [_rows(*m.weight.shape)]),
+    Rule("gated_mlp", {"swiglu": _gated(activations.swiglu), "geglu": _gated(activations.geglu),
+                       "geglu_tanh": _gated(lambda gate, up: activations.geglu(gate, up, approximate="tanh"))},
+         candidates=_gated_mlp_candidates,
+         configuration=lambda m: (m.gate_proj.in_features, m.gate_proj.out_features, m.gate_proj.bias is None, m.down_proj.bias is None,
+                                  repr(getattr(m, "act_fn", None))),
+         sample=lambda m: [_rows(m.gate_proj.in_features)]),
+    Rule("activation", {"gelu": lambda self, input: activations.bias_gelu(input),
+                        "gelu_tanh": lambda self, input: activations.bias_gelu(input, approximate="tanh"),
+                        "silu": lambda self, input: activations.bias_silu(input)},
+         candidates=_activation_candidates,
+         configuration=lambda m: (getattr(m, "approximate", None),),
+         sample=lambda m: [_rows(67)]),
+    Rule("softmax", {"torch": _softmax},
+         candidates=lambda m: ["torch"] if type(m) is torch.nn.Softmax and m.dim == -1 else [],
+         configuration=lambda m: (),
+         sample=lambda m: [_rows(67)]),
+    Rule("cross_entropy", {"torch": _cross_entropy},
+         candidates=lambda m: ["torch"] if type(m) is torch.nn.CrossEntropyLoss and m.weight is None else [],
+         configuration=lambda m: (m.ignore_index, m.label_smoothing, m.reduction),
+         sample=lambda m: [_rows(67), torch.randint(67, (7,))]),
+)

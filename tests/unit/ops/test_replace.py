@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+
+import pytest
+import torch
+
+import deepspeed
+from deepspeed.ops import replace_modules, restore_modules
+
+D = 48
+
+
+class LlamaLikeRMSNorm(torch.nn.Module):
+    def __init__(self, size, eps=1e-6):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+class GemmaLikeRMSNorm(torch.nn.Module):
+    def __init__(self, size, eps=1e-6):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).type_as(x)
+
+
+class MisleadingRMSNorm(LlamaLikeRMSNorm):
+    """Has the name and the attributes of a norm, and computes something else."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+
+class GatedMLP(torch.nn.Module):
+    def __init__(self, act_fn):
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(D, 2 * D, bias=False), torch.nn.Linear(D, 2 * D, bias=False)
+        self.down_proj = torch.nn.Linear(2 * D, D, bias=False)
+        self.act_fn = act_fn
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Linear(D, D), torch.nn.LayerNorm(D), torch.nn.GELU(), GatedMLP(torch.nn.SiLU()), LlamaLikeRMSNorm(D),
+            GatedMLP(torch.nn.functional.gelu), torch.nn.RMSNorm(D, eps=1e-6), GemmaLikeRMSNorm(D), torch.nn.Linear(D, 10))
+        self.loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def forward(self, x, labels):
+        return self.loss(self.body(x), labels)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(12, D), torch.randint(10, (12,))
+
+
+def loss_and_grads(model):
+    model.zero_grad()
+    loss = model(*batch())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_everything_known_is_replaced_and_computes_the_same(model):
+    loss, grads = loss_and_grads(model)
+    keys, parameters = list(model.state_dict()), dict(model.named_parameters())
+    done = replace_modules(model)
+    assert done.refused == {}
+    assert done.replaced == {"body.1": "layer_norm", "body.2": "activation", "body.3": "gated_mlp", "body.3.act_fn": "activation", "body.4": "rms_norm",
+                             "body.5": "gated_mlp", "body.6": "rms_norm", "body.7": "rms_norm", "loss": "cross_entropy"}
+    assert list(model.state_dict()) == keys and all(p is parameters[name] for name, p in model.named_parameters())
+    assert isinstance(model.body[1], torch.nn.LayerNorm) and isinstance(model.body[4], LlamaLikeRMSNorm)
+    fused_loss, fused_grads = loss_and_grads(model)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-6, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=0, atol=1e-5 * grad.abs().max().item())
+
+
+def test_restore_gives_back_the_very_same_bits(model):
+    before, grads = loss_and_grads(model)
+    classes = [type(m) for m in model.modules()]
+    done = replace_modules(model)
+    assert [type(m) for m in model.modules()] != classes
+    done.restore()
+    assert [type(m) for m in model.modules()] == classes and done.replaced == {}
+    after, again = loss_and_grads(model)
+    assert torch.equal(before, after) and all(torch.equal(grads[n], again[n]) for n in grads)
+    assert restore_modules(model) == 0
+
+
+def test_twice_is_once(model):
+    first = replace_modules(model)
+    assert replace_modules(model).replaced == {} and len(first.replaced) == 9
+
+
+def test_what_computes_something_else_stays(model):
+    model.body[4] = MisleadingRMSNorm(D)
+    done = replace_modules(model)
+    assert type(model.body[4]) is MisleadingRMSNorm
+    assert "rms_norm: the output differs by" in done.refused["body.4"] and "body.4: kept" in str(done)
+
+
+def test_a_forward_of_its_own_stays(model):
+    model.body[1].forward = lambda x: x
+    assert "a forward of its own" in replace_modules(model).refused["body.1"]
+
+
+def test_include_and_exclude(model):
+    assert set(replace_modules(model, include=["rms_norm"]).replaced.values()) == {"rms_norm"}
+    assert "rms_norm" not in replace_modules(model, exclude=["activation"]).replaced.values()
+    with pytest.raises(ValueError, match="no rule 'norms'; the rules are layer_norm"):
+        replace_modules(model, include=["norms"])
+
+
+def test_replaced_models_are_copied_and_pickled(model):
+    replace_modules(model)
+    loss, _ = loss_and_grads(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(loss_and_grads(twin)[0], loss)
+        assert restore_modules(twin) == 9 and type(twin.body[1]) is torch.nn.LayerNorm
+
+
+def test_hooks_stay(model):
+    seen = []
+    model.body[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    replace_modules(model)
+    model(*batch())
+    assert seen == [torch.Size([12, D])]
+
+
+def test_the_trial_leaves_no_trace(model):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    replace_modules(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models(dtype):
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(torch.nn.LayerNorm(D), LlamaLikeRMSNorm(D), torch.nn.SiLU(), GatedMLP(torch.nn.SiLU())).to(dtype)
+    assert len(replace_modules(body).replaced) == 5
+
+
+def test_models_without_values():
+    with torch.device("meta"):
+        body = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.GELU())
+    assert len(replace_modules(body).replaced) == 2
+
+
+def test_under_an_engine():
+    torch.manual_seed(0)
+    model = Model()
+    expected = float(model(*batch()).detach())
+    engine, *_ = deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 12, "zero_optimization": {"stage": 3},
+                                                           "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}})
+    try:
+        assert len(replace_modules(engine.module).replaced) == 9
+        losses = []
+        for _ in range(5):
+            loss = engine(*batch())
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+        assert losses[0] == pytest.approx(expected, rel=1e-6) and losses[-1] < losses[0]
+    finally:
+        engine.destroy()
