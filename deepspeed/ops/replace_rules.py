@@ -86,6 +86,8 @@ def _softmax(self, input):
 
 
 def _cross_entropy(self, input, target):
+    if input.dim() != 2 or target.is_floating_point():   # classes in the second dimension, or probabilities: not what the fused one computes
+        return torch.nn.CrossEntropyLoss.forward(self, input, target)
     return cross_entropy.cross_entropy(input, target, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
                                        reduction=self.reduction)
 

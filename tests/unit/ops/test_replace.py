@@ -115,6 +115,14 @@ def test_twice_is_once(model):
     assert replace_modules(model).replaced == {} and len(first.replaced) == 9
 
 
+def test_losses_of_other_shapes_are_torch_s():
+    own, fused = torch.nn.CrossEntropyLoss(), torch.nn.Sequential(torch.nn.CrossEntropyLoss())
+    replace_modules(fused)
+    for logits, target in ((torch.randn(4, 5, 5), torch.randint(5, (4, 5))), (torch.randn(4, 5), torch.softmax(torch.randn(4, 5), -1)),
+                           (torch.randn(5), torch.tensor(2))):
+        assert torch.equal(fused[0](logits, target), own(logits, target))
+
+
 def test_what_computes_something_else_stays(model):
     model.body[4] = MisleadingRMSNorm(D)
     done = replace_modules(model)
