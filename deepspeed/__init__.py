@@ -25,6 +25,7 @@ _EXPORTS = {
     **names("deepspeed._config_keys", "ADAM_OPTIMIZER", "LAMB_OPTIMIZER", "MUON_OPTIMIZER"),
     **names("deepspeed._compiler", "is_compile_supported"),
     # around it
+    **names("deepspeed.checkpoint", "load_pretrained_shards"),
     **names("deepspeed.comm", "init_distributed"),
     "dist": "deepspeed.comm",
     **names("deepspeed.device", "get_accelerator", "OnDevice"),

@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.checkpoint.restricted_pickle", "allow_classes"),
     **names("deepspeed.checkpoint.source", "CheckpointError", "CheckpointSource", "TensorInfo"),
     **names("deepspeed.checkpoint.location", "open_checkpoint"),
+    **names("deepspeed.checkpoint.pretrained", "load_pretrained_shards"),
     **{name: f"deepspeed.checkpoint.{name}" for name in ("constants", "ds_to_universal", "utils")},
 }, dict.fromkeys(("DeepSpeedCheckpoint",), "reading checkpoints of model-parallel ranks"))
