@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import stat
 from typing import NamedTuple
 
 from deepspeed.checkpoint.export.elements import DTYPE_NAMES, dtype_named, target_of
@@ -15,7 +14,6 @@ from deepspeed.checkpoint.export.stream import chunks, nbytes
 from deepspeed.checkpoint.export.weights import Weights
 from deepspeed.checkpoint.location import open_checkpoint
 
-_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _FILE_ENDINGS = (".bin", ".pt", ".pth", ".safetensors")
 
 
@@ -208,16 +206,6 @@ def progress_bar(total_bytes, what, show=None):
     from tqdm import tqdm
     with tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=None if show is None else not show) as bar:
         yield bar.update
-
-
-def copy_scripts(folder):
-    """Puts the recovery scripts into the folder of a run's checkpoints."""
-    here = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "utils")
-    for name in _SCRIPTS:
-        target = os.path.join(folder, name)
-        shutil.copyfile(os.path.join(here, name), target + ".part")
-        os.chmod(target + ".part", os.stat(target + ".part").st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-        os.replace(target + ".part", target)
 
 
 def main(arguments=None, with_dtype=False):

@@ -19,11 +19,12 @@ _CHUNK_BYTES = 64 << 20          # of a device's memory on its way through the h
 _OVERHEAD_BYTES = 64 << 10       # of a file: its header, the rest of its last block
 _ENTRY_BYTES = 400               # of header and manifest, for each piece
 _SCRIPT = '''#!/usr/bin/env python3
-"""Writes the fp32 weights of a checkpoint in this folder; `python zero_to_fp32.py --help` says how. Needs deepspeed."""
+"""Writes the weights of a checkpoint in this folder, {what}; `python {name}.py --help` says how. Needs deepspeed."""
 import runpy
 
-runpy.run_module("deepspeed.utils.zero_to_fp32", run_name="__main__")
+runpy.run_module("deepspeed.utils.{name}", run_name="__main__")
 '''
+_SCRIPTS = {f"{name}.py": _SCRIPT.format(name=name, what=what) for name, what in (("zero_to_fp32", "in fp32"), ("zero_to_torch", "in a dtype of choice"))}
 
 
 @dataclass
@@ -240,19 +241,20 @@ class Saving:
         if self.request.save_latest:
             folders.replace_file(os.path.join(self.request.save_dir, folders.LATEST),
                                  os.path.relpath(self.target, self.request.save_dir).encode())
-        self._leave_script()
+        self._leave_scripts()
         if self.request.keep_last:
             keep_newest(self.request.save_dir, self.request.keep_last, self.target)
 
-    def _leave_script(self):
-        path = os.path.join(self.request.save_dir, "zero_to_fp32.py")
-        try:
-            with open(path, encoding="utf-8") as file:
-                if file.read() == _SCRIPT:
-                    return
-        except (OSError, UnicodeDecodeError):
-            pass
-        folders.replace_file(path, _SCRIPT.encode(), 0o777)
+    def _leave_scripts(self):
+        for name, text in _SCRIPTS.items():
+            path = os.path.join(self.request.save_dir, name)
+            try:
+                with open(path, encoding="utf-8") as file:
+                    if file.read() == text:
+                        continue
+            except (OSError, UnicodeDecodeError):
+                pass
+            folders.replace_file(path, text.encode(), 0o777)
 
     def discard(self):
         if self.part is not None and self.leads:

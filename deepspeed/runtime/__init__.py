@@ -4,13 +4,12 @@ from deepspeed._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(__name__, {
     **{name: f"deepspeed.runtime.{name}"
-       for name in ("activation_checkpointing", "base_optimizer", "bf16_optimizer", "compiler", "config", "config_utils",
+       for name in ("activation_checkpointing", "base_optimizer", "bf16_optimizer", "checkpoint_engine", "compiler", "config", "config_utils",
                     "constants", "data_pipeline", "dataloader", "engine", "fp16", "lr_schedules", "utils", "zero")},
 }, {
     **dict.fromkeys(("pipe",), "pipeline parallelism"),
     **dict.fromkeys(("sequence_parallel", "domino", "chunked_cross_entropy"), "sequence parallelism"),
     **dict.fromkeys(("hybrid_engine", "rollout"), "the hybrid engine for RLHF"),
-    **dict.fromkeys(("checkpoint_engine",), "checkpoint engines"),
     **dict.fromkeys(("tensor_parallel",), "tensor parallel training"),
     **dict.fromkeys(("comm",), "1-bit communication"),
     **dict.fromkeys(("zenflow", "superoffload"), "ZenFlow and SuperOffload"),

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Whole fp32 weights out of a training checkpoint. Copied into checkpoints as a script:
+"""Whole fp32 weights out of a training checkpoint. Checkpoints have a script that runs this:
 
     python zero_to_fp32.py . output_dir [--safe_serialization] [--max_shard_size 5GB] [-t TAG] [--exclude_frozen_parameters]
 """

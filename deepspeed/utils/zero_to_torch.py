@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Whole weights of a chosen dtype out of a training checkpoint. Copied into checkpoints as a script:
+"""Whole weights of a chosen dtype out of a training checkpoint. Checkpoints have a script that runs this:
 
     python zero_to_torch.py . output_dir --dtype bf16 [--safe_serialization] [--max_shard_size 5GB] [-t TAG] [--exclude_frozen_parameters]
 """
