@@ -37,6 +37,11 @@ struct NormGradInputs {
 };
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(const NormGradInputs& in);
 
+#ifdef DS_WITH_CUDA
+Normed norm_forward_cuda(const NormInputs& in);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cuda(const NormGradInputs& in);
+#endif
+
 // The checks of both devices; they blame the argument by name.
 void check_norm(const NormInputs& in);
 void check_norm_backward(const NormGradInputs& in);

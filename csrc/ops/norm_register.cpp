@@ -272,6 +272,9 @@ TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
 }
 
 TORCH_LIBRARY_IMPL(deepspeed, CPU, m) { implement<norm_forward_cpu, norm_backward_cpu>(m); }
+#ifdef DS_WITH_CUDA
+TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) { implement<norm_forward_cuda, norm_backward_cuda>(m); }
+#endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) { implement<norm_forward_meta, norm_backward_meta>(m); }
 
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {

@@ -2,15 +2,15 @@
 // Layer norm (Ba et al. 2016) and RMS norm (Zhang, Sennrich 2019) of the rows of a contiguous [rows, columns] matrix, with an optional
 // residual that is added first.
 //
-// Conventions. x, residual, h, y and their gradients share one dtype (F32, F16 or BF16); weight, bias and statistics are float32. Pointers need only their element's natural alignment. Outputs may not overlap inputs,
-// except that h may be x or residual, y may be x or residual if that is not h, and dx may be dy or dh. A row's y does not
-// depend on the range it is computed in; the last bits of dx do, so callers keep the ranges fixed. Rows of no columns leave all
-// outputs alone. Nothing here starts threads: callers split the rows.
+// Conventions. x, residual, h, y and their gradients share one dtype (F32, F16 or BF16); weight, bias and statistics are float32. Pointers
+// need only their element's natural alignment. Outputs may not overlap inputs, except that h may be x or residual, y may be x or residual if
+// that is not h, and dx may be dy or dh. A row's y does not depend on the range it is computed in; the last bits of dx do, so callers keep
+// the ranges fixed. Rows of no columns leave all outputs alone. Nothing here starts threads: callers split the rows.
 //
 // Note [precision]. Arithmetic is float32 and what is narrower is rounded once, when written; h is rounded first and it is the rounded h
-// that is normalised, so that backward, which reads h, sees the same numbers. The mean is taken in two steps: a float32 mean, then the mean
-// of the differences from it, which are exact where it matters. Rows far from zero therefore lose nothing: neither in the variance nor by
-// rounding the mean. Backward reads the rounded mean.
+// that is normalised, so that backward, which reads h, sees the same numbers. The mean is taken in two steps: a float32 number near it,
+// then the mean of the differences from that, which are exact where it matters. Rows far from zero therefore lose nothing: neither in the
+// variance nor by rounding the mean. Backward reads the rounded mean.
 #pragma once
 
 #include <cstdint>
@@ -58,5 +58,21 @@ void norm_backward(const NormBackward& a, int64_t begin, int64_t end, float* dwe
 // Plain scalar loops in double: the oracle of the tests.
 void norm_forward_ref(const NormForward& a, int64_t begin, int64_t end);
 void norm_backward_ref(const NormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias);
+
+// CUDA twins (built with DS_CUDA): rows [0, rows) in device memory, launched on `stream`; nothing waits. weight and bias are those of
+// NormParameters, in its dtype, and `offset` is added to weight; the fields of that name in NormForward and NormBackward are not read.
+struct NormParameters {
+  const void* weight;
+  const void* bias;
+  DType dtype;
+  float offset;
+};
+void norm_forward(const NormForward& a, const NormParameters& parameters, int64_t rows, cudaStream_t stream);
+void norm_backward(const NormBackward& a, const NormParameters& parameters, int64_t rows, cudaStream_t stream);
+
+// The gradients of weight and, behind it, of bias (layer norm): overwrites `out`, [columns] or [2 * columns] of `out_dtype`. The workspace
+// holds cuda_norm_sums_bytes. Parts of the sums are cut by the sizes alone and joined in order, so the bits repeat.
+int64_t cuda_norm_sums_bytes(Norm norm, int64_t rows, int64_t columns);
+void norm_parameter_gradients(const NormBackward& a, int64_t rows, void* out, DType out_dtype, void* workspace, cudaStream_t stream);
 
 }  // namespace ds::kernels

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row is read from memory once, by the first sweep over it; the others find it in the cache, and the last one prefetches the next row
-// so that memory keeps reading while results are written.
+// A row is read from memory once, by the first sweep over it; the others find it in the cache. So that memory has work all the time, as in
+// a plain copy, the first sweep also asks for the lines that the last one will write, and the last one for the next row.
 #include "kernels/simd_targets.h"
 
 #include <cmath>
@@ -11,7 +11,6 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/norm/norm_simd.cc"
-#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
@@ -95,10 +94,14 @@ struct Sums {
 
 HWY_INLINE V set(float x) { return hn::Set(FloatTag(), x); }
 
-// The first line of the next row's elements that stand where this row's i-th stands; beyond the range it does no harm.
+// To the second-level cache: rows are long, and the first level holds what is being worked on. No harm is done beyond an array.
 template <class Raw>
 HWY_INLINE void prefetch(const Raw* p) {
-  hwy::Prefetch(p);
+  __builtin_prefetch(p, 0, 2);
+}
+template <class Raw>
+HWY_INLINE void prefetch_to_write(Raw* p) {
+  __builtin_prefetch(p, 1, 2);
 }
 
 // What makes a row normal: (x - mean) * rstd is ((x - near) - rest) * rstd, see norm.h, Note [precision].
@@ -106,19 +109,44 @@ struct Normaliser {
   float near = 0.0f, rest = 0.0f, rstd = 0.0f;
 };
 
-template <class T>
-HWY_INLINE Normaliser layer_statistics(T tag, const typename T::Raw* h, int64_t n, double sum, float eps) {
-  Normaliser row;
-  row.near = static_cast<float>(sum / static_cast<double>(n));
-  const V near = set(row.near);
+// Note [One sweep for the variance]: sums of differences from `near`, the mean of a row's first elements, give mean and variance in one
+// sweep. They lose precision only as far as near is off the mean, compared with the deviation. So if the square of the former is beyond
+// kFarOff times the variance, which takes rows that begin unlike the rest, a second sweep starts from the mean that the first one found.
+constexpr int64_t kFirst = 64;
+constexpr double kFarOff = 4.0;
+
+struct LayerSums {
   Sums rest, squares;
-  sweep(n, [&](auto chain, int64_t i, auto lanes) DS_BODY {
-    const V centred = keep(hn::Sub(load(tag, h + i, lanes), near), lanes);
+  HWY_INLINE LayerSums() {}  // spelled out: an implicit one is not compiled for the target
+  template <class Index>
+  HWY_INLINE void add(Index chain, V v, V near, Full) {
+    add_centred(chain, hn::Sub(v, near));
+  }
+  template <class Index>
+  HWY_INLINE void add(Index chain, V v, V near, int64_t lanes) {
+    add_centred(chain, keep(hn::Sub(v, near), lanes));
+  }
+  template <class Index>
+  HWY_INLINE void add_centred(Index chain, V centred) {
     rest.chains[chain] = hn::Add(rest.chains[chain], centred);
     squares.chains[chain] = hn::MulAdd(centred, centred, squares.chains[chain]);
-  });
-  const double mean_rest = rest.total() / static_cast<double>(n);
-  const double variance = squares.total() / static_cast<double>(n) - mean_rest * mean_rest;
+  }
+};
+
+template <class T>
+HWY_INLINE Normaliser layer_statistics(T tag, const typename T::Raw* h, int64_t n, float first, const LayerSums& sums, float eps) {
+  Normaliser row;
+  row.near = first;
+  double mean_rest = sums.rest.total() / static_cast<double>(n);
+  double variance = sums.squares.total() / static_cast<double>(n) - mean_rest * mean_rest;
+  if (HWY_UNLIKELY(mean_rest * mean_rest > kFarOff * variance)) {
+    row.near = static_cast<float>(static_cast<double>(first) + mean_rest);
+    const V near = set(row.near);
+    LayerSums again;
+    sweep(n, [&](auto chain, int64_t i, auto lanes) DS_BODY { again.add(chain, load(tag, h + i, lanes), near, lanes); });
+    mean_rest = again.rest.total() / static_cast<double>(n);
+    variance = again.squares.total() / static_cast<double>(n) - mean_rest * mean_rest;
+  }
   row.rest = static_cast<float>(mean_rest);
   row.rstd = static_cast<float>(1.0 / std::sqrt((variance < 0.0 ? 0.0 : variance) + static_cast<double>(eps)));
   return row;
@@ -134,37 +162,56 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
     const Raw* residual = kResidual ? static_cast<const Raw*>(a.residual) + row * n : nullptr;
     Raw* stored = kResidual ? static_cast<Raw*>(a.h) + row * n : nullptr;
     const Raw* h = kResidual ? stored : x;
-    Sums sums;
+    float first = 0.0f;
+    if constexpr (kNorm == Norm::Layer) {
+      const int64_t count = n < kFirst ? n : kFirst;
+      Sums sums;
+      sweep(count, [&](auto chain, int64_t i, auto lanes) DS_BODY {
+        V v = load(tag, x + i, lanes);
+        if constexpr (kResidual) v = hn::Add(v, load(tag, residual + i, lanes));
+        sums.chains[chain] = hn::Add(sums.chains[chain], v);
+      });
+      first = static_cast<float>(sums.total() / static_cast<double>(count));
+    }
+    const V around = set(first);
+    Raw* y = static_cast<Raw*>(a.y) + row * n;
+    Sums squares;
+    LayerSums layer;
     sweep(n, [&](auto chain, int64_t i, auto lanes) DS_BODY {
+      prefetch_to_write(y + i);
       if constexpr (kResidual) {
         store(tag, hn::Add(load(tag, x + i, lanes), load(tag, residual + i, lanes)), stored + i, lanes);
       }
       const V v = load(tag, h + i, lanes);
-      sums.chains[chain] = kNorm == Norm::Layer ? hn::Add(sums.chains[chain], v) : hn::MulAdd(v, v, sums.chains[chain]);
+      if constexpr (kNorm == Norm::Layer) {
+        layer.add(chain, v, around, lanes);
+      } else {
+        squares.chains[chain] = hn::MulAdd(v, v, squares.chains[chain]);
+      }
     });
     Normaliser to;
     if constexpr (kNorm == Norm::Layer) {
-      to = layer_statistics(tag, h, n, sums.total(), a.eps);
-      a.mean[row] = to.near + to.rest;
+      to = layer_statistics(tag, h, n, first, layer, a.eps);
+      a.mean[row] = static_cast<float>(static_cast<double>(to.near) + static_cast<double>(to.rest));
     } else {
-      to.rstd = static_cast<float>(1.0 / std::sqrt(sums.total() / static_cast<double>(n) + static_cast<double>(a.eps)));
+      to.rstd = static_cast<float>(1.0 / std::sqrt(squares.total() / static_cast<double>(n) + static_cast<double>(a.eps)));
     }
     a.rstd[row] = to.rstd;
     const V near = set(to.near), rest = set(-to.rest * to.rstd), rstd = set(to.rstd);
     const int64_t ahead = row + 1 < end ? n : 0;
-    fill(tag, static_cast<Raw*>(a.y) + row * n, n, [&](int64_t i, auto lanes) DS_BODY {
+    fill(tag, y, n, [&](int64_t i, auto lanes) DS_BODY {
       prefetch(x + ahead + i);
       if constexpr (kResidual) prefetch(residual + ahead + i);
       const V v = load(tag, h + i, lanes);
-      V y = kNorm == Norm::Layer ? hn::MulAdd(hn::Sub(v, near), rstd, rest) : hn::Mul(v, rstd);
+      V out = kNorm == Norm::Layer ? hn::MulAdd(hn::Sub(v, near), rstd, rest) : hn::Mul(v, rstd);
       if constexpr (kWeight && kBias) {
-        y = hn::MulAdd(y, load(F32{}, a.weight + i, lanes), load(F32{}, a.bias + i, lanes));
+        out = hn::MulAdd(out, load(F32{}, a.weight + i, lanes), load(F32{}, a.bias + i, lanes));
       } else if constexpr (kWeight) {
-        y = hn::Mul(y, load(F32{}, a.weight + i, lanes));
+        out = hn::Mul(out, load(F32{}, a.weight + i, lanes));
       } else if constexpr (kBias) {
-        y = hn::Add(y, load(F32{}, a.bias + i, lanes));
+        out = hn::Add(out, load(F32{}, a.bias + i, lanes));
       }
-      return y;
+      return out;
     });
   }
 }
@@ -249,6 +296,7 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
     V weight, of_weight = set(0.0f), of_bias = set(0.0f);
     if constexpr (kWeight) weight = load(F32{}, a.weight + i, lanes);
     for (int r = 0; r < kRows; ++r) {
+      prefetch_to_write(rows[r].dx + i);
       const V dy = load(tag, rows[r].dy + i, lanes);
       const V x = normal<kNorm>(load(tag, rows[r].h + i, lanes), mean[r], rstd[r]);
       const V g = kWeight ? hn::Mul(dy, weight) : dy;  // zero behind the end
