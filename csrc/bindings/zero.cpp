@@ -192,6 +192,10 @@ void bind_store(py::module_& m) {
         return d;
       })
       .def("pool_bytes", [](PyStore& s) { return s.pool().free_bytes(); })
+      .def("drop_masters",
+           [](PyStore& s) {
+             for (zero::Flat& flat : s.flats()) flat.master = at::Tensor();
+           })
       .def("trim_pool", [](PyStore& s) { s.pool().trim(); })
       .def_property_readonly("units", [](PyStore& s) { return s.units().size(); })
       .def_property_readonly("flats", [](PyStore& s) { return s.flats().size(); })

@@ -36,11 +36,14 @@ void BucketArena::reclaim() {
 
 Region BucketArena::try_acquire(int64_t bytes) {
   reclaim();
-  const Region region = first_fit(0, general_bytes_, round_up(bytes, kAlignBytes));
-  if (region.valid()) {
-    const auto place = std::find_if(busy_.begin(), busy_.end(), [&](const Busy& b) { return b.region.offset > region.offset; });
-    busy_.insert(place, Busy{region, nullptr});
-  }
+  return take(first_fit(0, general_bytes_, round_up(bytes, kAlignBytes)));
+}
+
+// Keeps the list in order, which first_fit() relies on. In the reserve too: it may hold several regions, and drain out of order.
+Region BucketArena::take(Region region) {
+  if (!region.valid()) return region;
+  const auto place = std::find_if(busy_.begin(), busy_.end(), [&](const Busy& b) { return b.region.offset > region.offset; });
+  busy_.insert(place, Busy{region, nullptr});
   return region;
 }
 
@@ -49,11 +52,8 @@ Region BucketArena::acquire(int64_t bytes, bool wait) {
   while (true) {
     Region region = try_acquire(bytes);
     if (region.valid()) return region;
-    region = first_fit(general_bytes_, total_bytes_, size);
-    if (region.valid()) {
-      busy_.push_back(Busy{region, nullptr});
-      return region;
-    }
+    region = take(first_fit(general_bytes_, total_bytes_, size));
+    if (region.valid()) return region;
     if (!wait) return Region{};
     const auto oldest = std::find_if(busy_.begin(), busy_.end(), [](const Busy& b) { return b.work != nullptr; });
     DS_CHECK(oldest != busy_.end(), "gradient buckets: no room for " << bytes << " bytes and nothing under way");

@@ -45,6 +45,7 @@ class BucketArena {
     std::shared_ptr<comm::ReduceWork> work;   // null while the region is being filled
   };
   Region first_fit(int64_t begin, int64_t end, int64_t bytes) const;
+  Region take(Region region);
   void reclaim();
 
   std::shared_ptr<comm::SymmetricBuffer> buffer_;

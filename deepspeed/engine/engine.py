@@ -2,6 +2,7 @@
 """The engine: a model that trains as its configuration says. Thin: the work is in csrc/zero and deepspeed.zero."""
 import contextlib
 import gc
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self.module = model
         self._managed = None
         self._build(model, optimizer, model_parameters)
+        if self._managed is not None:
+            weakref.finalize(self, _settle, self._managed, weakref.ref(model)).atexit = False
         self._make_scheduler(lr_scheduler)
         self._data_schedules = self._make_data_schedules()
         self.random_ltd_initialize()
@@ -354,24 +357,30 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         gc.collect()
 
     def destroy(self):
-        """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 lose their values. Collective."""
+        """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 stay so, held by the model. Collective."""
         if self._managed is not None and not self._managed.closed:
             self._managed.transports.shard.barrier("destroy")  # nobody may still be gathering from this rank
         if isinstance(self.optimizer, build.ShardedOptimizer):
             self.optimizer.destroy()
         if self._managed is not None:
-            self._managed.close()
+            self._managed.settle(self.module)
         self.optimizer = self.basic_optimizer = self.lr_scheduler = self.client_optimizer = self.client_lr_scheduler = None
         self.param_names = {}
         self._managed = None
         self.monitor.close()
 
 
+def _settle(managed, module):
+    """The engine was dropped without destroy(); the model may live on. Nothing of `managed` refers to the engine."""
+    module = module()
+    if module is not None:
+        managed.settle(module)
+
+
 class _StepNumber:
     """Reads the engine's step without holding the engine."""
 
     def __init__(self, engine):
-        import weakref
         self._engine = weakref.ref(engine)
 
     def __call__(self):

@@ -3,6 +3,10 @@
 
 Its shape, dtype and flags are always answered. Anything that needs values gathers the parameter when a managed module
 is running (a weight used by another module, say a tied head), and raises an error that names it otherwise.
+
+Note [Stand-ins]: `detach()` of a freed parameter, which state_dict() calls on every parameter of a module, asks for no value yet. It
+returns a stand-in: a tensor of the same shape that wears the guard too, refers to the parameter, and takes that parameter's values when
+somebody asks for them, if they are there by then.
 """
 import functools
 
@@ -42,6 +46,8 @@ _DATA_SET = _T.data.__set__
 _DATA_GET = _T.data.__get__
 _REPR = _T.__repr__
 _FORMAT = _T.__format__
+_DETACH = _T.detach
+_STANDS_IN = "_ds_stands_in"
 
 
 def _describe(parameter):
@@ -82,6 +88,28 @@ def _guarded_in(value, found):
     return found
 
 
+def _stand_in(parameter):
+    """See Note [Stand-ins]."""
+    with torch._C.DisableTorchFunctionSubclass():
+        found = _DETACH(parameter)
+    found.ds_home = parameter.__dict__["ds_home"]
+    found.__dict__[_STANDS_IN] = True
+    found.__class__ = guard_class(torch.Tensor)
+    return found
+
+
+def _represented(value):
+    """`value` with the parameters themselves, as they are now, in the place of their stand-ins."""
+    if isinstance(value, Guarded) and _STANDS_IN in value.__dict__:
+        home = value.__dict__["ds_home"]
+        return home.owner.params[home.index].detach()
+    if type(value) in (list, tuple):
+        return type(value)(_represented(item) for item in value)
+    if type(value) is dict:
+        return {key: _represented(item) for key, item in value.items()}
+    return value
+
+
 def _opened_in_init(freed):
     """Under zero.Init the parameters become whole, and what is written into them counts."""
     from deepspeed.zero.init import open_parameters
@@ -106,17 +134,22 @@ class Guarded:
         if func == _DATA_SET and args[0] is args[1]:
             return None
         freed = _guarded_in((args, kwargs), [])
-        if _opened_in_init(freed):
-            return func(*args, **kwargs)
+        stands_in = any(_STANDS_IN in tensor.__dict__ for tensor in freed)
+        if _opened_in_init([tensor for tensor in freed if not tensor.__dict__["ds_home"].gathered]):
+            return func(*_represented(args), **_represented(kwargs)) if stands_in else func(*args, **kwargs)
         if func == _DATA_GET:  # a new wrapper at each access: equal, never the same
             with torch._C.DisableTorchFunctionSubclass():
                 return torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+        if func == _DETACH and not args[0].__dict__["ds_home"].in_forward:
+            return _stand_in(args[0])
         units = []
         for parameter in freed:
-            if isinstance(parameter, Guarded):  # an earlier one may have brought it back
-                home = parameter.__dict__["ds_home"]
+            home = parameter.__dict__["ds_home"]
+            if not home.gathered:  # an earlier one may have brought it back
                 home.gather_for_use(getattr(func, "__name__", str(func)))
                 units.append(home)
+        if stands_in:
+            args, kwargs = _represented(args), _represented(kwargs)
         out = func(*args, **kwargs)
         if torch.is_grad_enabled():
             for home in units:

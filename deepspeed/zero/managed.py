@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model whose parameters live in the C++ store: sharded or replicated, gathered before use, freed after.
 
-Note [Who holds whom]: the engine (or the zero.Init context) holds a ManagedModel; parameters, module hooks and graphs refer
-to it weakly. When it goes, sharded values go with it; replicated values stay with the parameters.
+Note [Who holds whom]: the engine holds a ManagedModel; parameters, module hooks and graphs refer to it weakly. When the engine goes,
+replicated values stay with the parameters; sharded ones stay with the modules, which hold the ManagedModel from then on, as they do after
+zero.Init: the next engine (callers evaluate with one and train with another) takes them over.
 """
 import atexit
 import itertools
@@ -52,6 +53,15 @@ class ParamHome:
     def alive(self):
         owner = self._owner()
         return owner is not None and not owner.closed
+
+    @property
+    def in_forward(self):
+        """Whether the model runs right now."""
+        return self.owner.scheduler.in_forward
+
+    @property
+    def gathered(self):
+        return self.owner.store.is_gathered(self.unit)
 
     def gather_for_use(self, function):
         """An operation outside the hooks meets the freed parameter."""
@@ -313,6 +323,28 @@ class ManagedModel:
 
     # ---- end
 
+    def settle(self, model):
+        """The engine goes: what it did to the model comes off, and the model holds its sharded values itself. Not collective."""
+        if self.closed:
+            return
+        if not self.shards_params:
+            self.close()
+            return
+        self.remove_module_hooks()
+        if self.hooks is not None:
+            self.hooks.close()
+        self.hooks = self.reducer = self.optimizer = self._reinstall = None
+        self._let_go()
+        self.store.drop_masters()
+        self.store.trim_pool()
+        hold_by_modules(self, model)
+
+    def _let_go(self):
+        for unit in range(self.store.units):
+            while self.store.pins(unit):
+                self.store.unpin(unit)
+        self.store.release_all()
+
     def close(self):
         """Takes everything off the model. Sharded values are gone after this; replicated ones stay in place."""
         if self.closed:
@@ -323,10 +355,7 @@ class ManagedModel:
             self.hooks.close()
         self.hooks = self.reducer = None
         if self.shards_params:
-            for unit in range(self.store.units):
-                while self.store.pins(unit):
-                    self.store.unpin(unit)
-            self.store.release_all()
+            self._let_go()
         self.store.clear_guards()
         self.params = []
 
@@ -336,6 +365,13 @@ class ManagedModel:
                 self.close()
             except Exception:  # the interpreter may be half gone; nothing is lost that still had an owner
                 pass
+
+
+def hold_by_modules(managed, model):
+    """As long as one of the modules lives, the shards of all do."""
+    for module in model.modules():
+        if any(p is not None and home_of(p) is not None and home_of(p).owner is managed for p in module._parameters.values()):
+            module.__dict__["_ds_zero_owner"] = managed
 
 
 def _refuse_freed(module, call, instead):

@@ -55,7 +55,7 @@ class DeepSpeedZeRoOffload:
 
     def destroy(self):
         if self._managed is not None:
-            self._managed.close()
+            self._managed.settle(self.module)
 
 
 def _external_parameters(module):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GatheredParameters, the ds_* surface of parameters, external parameters, leaf modules and hooks: what callers do to a sharded model."""
 import copy
+import gc
 import pickle
 
 import pytest
@@ -469,3 +470,45 @@ def test_a_module_attached_later_is_tolerated():
     engine.module.extra = nn.Linear(1, 1)
     assert engine.module.extra(engine.module.body(batch(0))).shape == (2, 1)
     train(engine, 1)
+
+
+@on_ranks(2)
+def test_state_dict_of_sharded_parameters_answers_shapes_and_takes_values_when_they_are_there():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        with deepspeed.zero.Init():
+            model = nn.Linear(5, 3)
+    state = model.state_dict()
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {"weight": ((3, 5), torch.float32), "bias": ((3,), torch.float32)}
+    assert not isinstance(state["weight"], nn.Parameter) and not state["weight"].requires_grad
+    with pytest.raises(RuntimeError, match="clone.*'weight'.*sharded by ZeRO-3"):
+        state["weight"].clone()
+    with pytest.raises(RuntimeError, match="sharded by ZeRO-3"):
+        pickle.dumps(state["weight"])
+    with deepspeed.zero.GatheredParameters([model.weight]):
+        assert torch.equal(state["weight"].clone(), model.weight) and torch.equal(torch.stack([state["weight"]])[0], model.weight)
+    with pytest.raises(RuntimeError, match="sharded by ZeRO-3"):
+        state["weight"] + 1
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("end", ["destroy", "drop", "drop in a cycle"])
+def test_the_next_engine_takes_over_what_the_last_one_left(end):
+    model = tiny()
+    first = engine_of(model, config(3))
+    losses = train(first)
+    wanted = whole(model)
+    if end == "destroy":
+        first.destroy()
+    if end == "drop in a cycle":
+        holder = [first]
+        holder.append(holder)
+        del holder
+    del first
+    gc.collect()
+    for name, parameter in model.named_parameters():
+        assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE, name
+    assert_same(whole(model), wanted)
+    second = engine_of(model, config(3))
+    assert_same(whole(model), wanted)
+    assert train(second)[0] < losses[0]
