@@ -160,6 +160,9 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
 
     def forward(self, *inputs, **kwargs):
         """The module's own output."""
+        if self._managed is None and self._layout.shard_params:
+            raise RuntimeError("this engine was destroyed and its model is sharded: pass the model to deepspeed.initialize() again. (The Hugging "
+                               "Face Trainer keeps the engine it evaluated with: train with a new Trainer, or use eval_on_start=True)")
         if self._config.fp16.auto_cast and self._layout.compute_dtype is not None:
             inputs = cast_positional(inputs, self._layout.compute_dtype)
         watched = self._watching and self.training

@@ -83,19 +83,27 @@ def test_generation(name, stage, folder):
     assert torch.equal(found[:, :wanted.shape[1]], wanted)
 
 
-@on_ranks(2, timeout=TIMEOUT_S)
-def test_prediction_before_training_and_after(folder):
-    """The Trainer evaluates with one engine, destroys it, and trains with another."""
+def _seq2seq(model, rows, folder, **settings):
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-    start = training.starting_point("t5", folder)
     training.forget_accelerate()
     args = Seq2SeqTrainingArguments(output_dir=os.path.join(folder, "out"), deepspeed=training.config(3), use_cpu=True, report_to=[],
                                     predict_with_generate=True, per_device_eval_batch_size=2, generation_max_length=10, max_steps=2,
-                                    disable_tqdm=True, save_strategy="no", log_level="error")
+                                    disable_tqdm=True, save_strategy="no", log_level="error", **settings)
+    model = model or models.model_class("t5").from_pretrained(os.path.join(folder, "t5"))
+    return Seq2SeqTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+def test_a_model_is_evaluated_by_one_trainer_and_trained_by_the_next(folder):
+    """The first one's engine is destroyed; the sharded weights stay with the model."""
+    training.starting_point("t5", folder)
     rows = models.dataset("t5", 8)
-    trainer = Seq2SeqTrainer(model=models.model_class("t5").from_pretrained(start), args=args, train_dataset=rows, eval_dataset=rows)
-    before = trainer.predict(rows)
-    trainer.train()
-    after = trainer.predict(rows)
+    first = _seq2seq(None, rows, folder)
+    before = first.predict(rows)
+    first.accelerator.free_memory()
+    second = _seq2seq(first.model, rows, folder)
+    del first
+    second.train()
+    after = second.predict(rows)
     assert before.predictions.shape[0] == after.predictions.shape[0] == len(rows)
     assert after.metrics["test_loss"] < before.metrics["test_loss"]
