@@ -77,7 +77,8 @@ def _list_tags(folder):
             text = describe(open_checkpoint(path))
         except CheckpointError as error:
             text = f"cannot be read: {error}"
-        rows.append(("*" if tag == latest else "", tag, time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime)), size_text(_folder_bytes(path)), text))
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(path).st_mtime))
+        rows.append(("*" if tag == latest else "", tag, written, size_text(_folder_bytes(path)), text))
     if not rows:
         raise CheckpointError(f"{folder}: holds no checkpoint")
     print(table(("", "tag", "written", "size", "holds"), rows, right=(3,)))

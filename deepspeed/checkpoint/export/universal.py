@@ -3,6 +3,7 @@
 import collections
 import os
 import shutil
+import sys
 
 from deepspeed.checkpoint.export.stream import Instance, Named, Written, nbytes, write_torch
 from deepspeed.checkpoint.export.weights import SourceTensor, frozen_names
@@ -123,8 +124,8 @@ def _size(shape):
 
 def _plain(value):
     """Values that DeepSpeed's reader will know: numbers, texts, containers of them; torch tensors by their bytes."""
-    import torch
-    if isinstance(value, torch.Tensor):
+    torch = sys.modules.get("torch")   # without it there is no tensor
+    if torch is not None and isinstance(value, torch.Tensor):
         return Written(_Held(value))
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
