@@ -25,19 +25,22 @@ std::vector<Key> storage_keys() {
                   .refuse(When::True, "set it to false: GPUDirect storage is not built yet")}),
       object("checkpoint", "Saving and loading",
              {choice("tag_validation", "Warn", {"Ignore", "Warn", "Fail"}, "When ranks save under different tags")
-                  .ignoring_case().accepted(),
-              boolean("load_universal", false, "Every checkpoint can be loaded by any number of ranks").accepted(),
-              boolean("use_node_local_storage", false, "Each node keeps its own files").accepted(),
+                  .ignoring_case(),
+              boolean("load_universal", false, "The file latest_universal counts before latest; any checkpoint can be loaded by any "
+                                               "number of ranks without it"),
+              boolean("use_node_local_storage", false, "Each node keeps its own files, with a manifest of its own"),
+              integer("keep_last", 0, "Checkpoints that stay in a folder; older ones are removed after a save. 0: all").at_least(0),
               object("parallel_write", "Who writes",
                      {boolean("pipeline_stage", false, "Data-parallel ranks share the layers").strict_bool().accepted()}),
               boolean("checkpoint_serialization", true, "Old form of torch.save").accepted(),
               object("writer", "How bytes reach the disk; never changes what is written",
                      {choice("type", "fast", {"mock", "python", "fast"}, "Kind").ignoring_case().accepted(),
-                      boolean("decoupled", false, "In another process").accepted(),
+                      boolean("decoupled", false, "Training goes on while a copy of the state is written; errors show at a later step, "
+                                                  "save or load"),
                       integer("io_buffer_size", 67108864, "Bytes").at_least(1).accepted(),
                       boolean("io_buffer_double", true, "Two buffers").accepted(),
                       integer("io_multiplier", 1, "Writers").at_least(1).accepted(),
-                      boolean("show_statistics", false, "Print the speed").accepted(),
+                      boolean("show_statistics", false, "Log bytes and speed of each save"),
                       choice("data_parallel", nullptr, {"replica", "socket", "machine"}, "Who writes").ignoring_case()
                           .accepted()})}),
       any("datastates_ckpt", nullptr, "Settings of another checkpoint engine; ours is used").ignored(),

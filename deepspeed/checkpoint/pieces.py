@@ -121,6 +121,16 @@ class Holdings:
         found["buffer"] = list(self._owned_buffers())
         return [piece for pieces in found.values() for piece in pieces]
 
+    def bytes_expected(self):
+        """About what owned() will amount to once every optimizer state exists."""
+        total = 0
+        for name, parameter in self.names.parameters.items():
+            numel = self.share_of(parameter)[1]
+            kinds = self.optimizer.stepper.kinds_of(self.trained[name]) if name in self.trained else ()
+            each = 4 * (1 + len(kinds or ())) if name in self.trained else parameter.element_size()
+            total += numel * each + 64 * (1 + len(kinds or ()))
+        return total + sum(b.numel() * b.element_size() + 64 for b in self.names.buffers.values()) + (1 << 20)
+
     def _owned_weights(self):
         for name, parameter in self.names.parameters.items():
             if name in self.trained:

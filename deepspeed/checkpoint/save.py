@@ -41,6 +41,7 @@ class SaveRequest:
     node_local: bool = False      # every node has a save_dir of its own
     local_rank: int = 0
     keep_last: int = 0            # 0: all
+    say_speed: bool = False
     about: dict = field(default_factory=dict)
 
 
@@ -186,7 +187,7 @@ class Saving:
         self.target = folders.target_of(request.save_dir, request.tag)
         self.leads = ranks.rank == 0 or (request.node_local and request.local_rank == 0)
         self.mine = ranks.attempt(lambda: RankFiles(request, ranks, frozen), "collecting what is to be saved")
-        self.part = None
+        self.part = self.nonce = None
         self.started = time.time()
 
     def prepare(self):
@@ -194,7 +195,8 @@ class Saving:
         request, ranks = self.request, self.ranks
         everyone = ranks.gather((str(request.tag), folders.nonce(), socket.gethostname(), self.mine.bytes_needed()))
         self._validate_tags([tag for tag, *_ in everyone])
-        self.part = folders.PartFolder(self.target, everyone[0][1])
+        self.nonce = everyone[0][1]
+        self.part = folders.PartFolder(self.target, self.nonce)
         here = everyone[ranks.rank][2]
         needed = sum(need for _, _, host, need in everyone if host == here or not request.node_local)
         try:
@@ -222,7 +224,12 @@ class Saving:
 
     def write(self):
         os.makedirs(self.part.path, exist_ok=True)
-        return self.mine.write(self.part.path)
+        began = time.perf_counter()
+        files, rows = self.mine.write(self.part.path)
+        if self.request.say_speed:
+            size, took_s = sum(size for _, size, _ in files), time.perf_counter() - began
+            logger.info(f"checkpoint {self.target}: {size / 2**20:.1f} MiB in {took_s:.2f} s, {size / took_s / 1e9:.2f} GB/s")
+        return files, rows
 
     def text_of(self, reports, trees):
         """The manifest."""

@@ -25,10 +25,8 @@ def _optimizer_state(engine, holdings):
         return None
     basic, stepper = optimizer.optimizer, optimizer.stepper
     name_of = {index: name for name, index in holdings.trained.items()}
-    groups = [{"params": [], "values": {k: v for k, v in group.items() if k != "params"}} for group in basic.param_groups]
-    for index, number in optimizer.group_of.items():
-        if index in name_of:
-            groups[number]["params"].append(name_of[index])
+    groups = [{"params": names, "values": {k: v for k, v in group.items() if k != "params"}}
+              for names, group in zip(holdings.group_names(), basic.param_groups)]
     return {"class": type(basic).__name__, "fused": hasattr(stepper, "native"), "steps": stepper.steps, "skipped_bad": optimizer.skipped_bad,
             "missed_steps": {name_of[p]: n for p, n in stepper.missed_steps.items()}, "groups": groups}
 
@@ -48,13 +46,11 @@ def _parts(holdings, whole_here):
 def state_of(engine, holdings, client_state, frozen_excluded):
     """The same on every rank; rank 0's is written."""
     scheduler = engine.lr_scheduler
-    missed = _optimizer_state(engine, holdings)
     return {
         "counters": {"global_steps": engine.global_steps, "global_samples": engine.global_samples, "micro_steps": engine.micro_steps,
                      "skipped_steps": engine.skipped_steps, "gradient_accumulation_steps": engine.gradient_accumulation_steps()},
-        "optimizer": missed,
+        "optimizer": _optimizer_state(engine, holdings),
         "loss_scaler": engine.optimizer.loss_scaler.state_dict() if holdings.optimizer is not None else None,
-        "dynamic_loss_scale": holdings.optimizer.dynamic_loss_scale if holdings.optimizer is not None else False,
         "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "data": engine.data_state_dict(),
         "extra_state": {name: owner.get_extra_state() for name, owner in holdings.names.extra.items()},
@@ -86,7 +82,7 @@ def continue_from(engine, source, optimizer_states, scheduler_states):
     _continue_counters(engine, state.get("counters", {}))
     if optimizer_states and isinstance(engine.optimizer, ShardedOptimizer):
         optimizer, saved = engine.optimizer, state.get("loss_scaler")
-        if optimizer.dynamic_loss_scale and saved and state.get("dynamic_loss_scale", True):
+        if optimizer.dynamic_loss_scale and saved and "cur_iter" in saved:   # a constant scale is the configuration's
             optimizer.loss_scaler.load_state_dict(saved)
         optimizer.skipped_bad = int((state.get("optimizer") or {}).get("skipped_bad", 0))
         optimizer.overflow = False

@@ -58,6 +58,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self._data_schedules = self._make_data_schedules()
         self.random_ltd_initialize()
         self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+        self._prepare_saving()
         self._say_state()
         if config.disable_python_gc:
             gc.collect()
@@ -86,7 +87,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = self._backwards = 0
         self.losses = None
         self.optimizer = self.basic_optimizer = self.lr_scheduler = None
-        self.checkpoint_engine = self._frozen_file = None
+        self.checkpoint_engine = self._frozen_file = self._background_saver = None
         self.enable_backward_allreduce = True
         self._boundary = None
         self._step_applied = False
@@ -296,6 +297,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
             self._end("step")
         if self._reporting:
             self._report(boundary)
+        if boundary:
+            self._collect_save()
 
     def _after_update(self, lr_kwargs):
         self._global_grad_norm = self.optimizer.get_global_norm()
@@ -361,6 +364,12 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
 
     def destroy(self):
         """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 stay so, held by the model. Collective."""
+        try:
+            self._finish_save()
+        finally:
+            self._let_go()
+
+    def _let_go(self):
         if self._managed is not None and not self._managed.closed:
             self._managed.transports.shard.barrier("destroy")  # nobody may still be gathering from this rank
         if isinstance(self.optimizer, build.ShardedOptimizer):

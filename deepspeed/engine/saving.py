@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from deepspeed.checkpoint.load import Loading
 from deepspeed.checkpoint.choosing import candidates, load_best, open_source
+from deepspeed.checkpoint.load import Loading
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.save import FrozenFile, SaveRequest, save
 from deepspeed.comm import flight
@@ -24,6 +24,9 @@ class CheckpointMethods:
         The checkpoint is whole or absent: it appears under its name when all ranks' files are durable. save_latest: it becomes what
         load_checkpoint() without a tag loads. client_state: values of the caller's own, rank 0's count; load_checkpoint() returns them.
         CheckpointError, on all ranks alike and naming the rank and the file, when it could not be written; what was there before stays.
+
+        With checkpoint.writer.decoupled the call returns as soon as the values are copied, and they are written while training goes on;
+        what goes wrong then is raised by the first step, save or load after it, by destroy(), or at the end of the process.
         """
         checkpoint_state.warn_of_unfinished(self)
         ranks, cfg = Ranks(), self._config.checkpoint
@@ -38,11 +41,32 @@ class CheckpointMethods:
             save_dir=os.fspath(save_dir), tag=f"global_step{self.global_steps}" if tag is None else str(tag), pieces=pieces,
             state=checkpoint_state.state_of(self, holdings, client_state, excluded),
             rank_state=checkpoint_state.rank_state_of(self, holdings), aliases=aliases, save_latest=save_latest,
-            tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, local_rank=self.local_rank)
+            tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, local_rank=self.local_rank, keep_last=cfg.keep_last,
+            say_speed=cfg.writer is not None and cfg.writer.show_statistics)
         if self._frozen_file is None:
             self._frozen_file = FrozenFile()
-        save(request, ranks, self._frozen_file)
+        if self._background_saver is not None:
+            self._background_saver.start(request, ranks, self._frozen_file)
+        else:
+            save(request, ranks, self._frozen_file)
         return True
+
+    def _prepare_saving(self):
+        """At the end of construction: memory for the copies of background saves."""
+        if self._config.is_set("checkpoint.writer") and self._config.checkpoint.writer.decoupled:
+            from deepspeed.checkpoint.background import BackgroundSaver
+            self._background_saver = BackgroundSaver()
+            holdings = checkpoint_state.holdings_of(self)
+            self._background_saver.snapshot.make_ready(holdings.bytes_expected())
+
+    def _collect_save(self):
+        """After an update: an error of a save in the background is raised, on all ranks at the same step."""
+        if self._background_saver is not None and self._background_saver.current is not None:
+            self._background_saver.collect(Ranks())
+
+    def _finish_save(self):
+        if self._background_saver is not None:
+            self._background_saver.finish(Ranks())
 
     def load_checkpoint(self, load_dir, tag=None, load_module_strict=True, load_optimizer_states=True, load_lr_scheduler_states=True,
                         load_module_only=False, custom_load_fn=None):
@@ -54,6 +78,7 @@ class CheckpointMethods:
         what fits is loaded and the rest is reported. load_module_only: weights and buffers, nothing else.
         custom_load_fn(src=state dict, dst=module) puts the weights into the module.
         """
+        self._finish_save()
         ranks, load_dir = Ranks(), os.fspath(load_dir)
         found = ranks.attempt(lambda: self._load_candidates(load_dir, tag) if ranks.rank == 0 else None, f"loading from {load_dir}")
         found = ranks.from_first(found)

@@ -354,7 +354,7 @@ def test_tags(tmp_path):
     engine.save_checkpoint(tmp_path, tag="some/where")
     assert (tmp_path / "latest").read_text() == "some/where"
     assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "some" / "where")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
         engine.load_checkpoint(tmp_path, tag="other")
     for bad in ("../out", "/out", "."):
         with pytest.raises(ValueError, match="does not name a folder inside"):
@@ -362,3 +362,61 @@ def test_tags(tmp_path):
     assert engine.load_checkpoint(tmp_path / "nowhere") == (None, None)
     assert json.loads((tmp_path / "some" / "where" / "manifest.json").read_text())["world_size"] == 2
     engine.destroy()
+
+
+# ---- in the background
+
+
+@on_ranks(2)
+def test_a_save_in_the_background_holds_the_values_of_the_call(tmp_path):
+    for stage in (0, 3):
+        folder = tmp_path / str(stage)
+        cfg = config(stage, "bf16", checkpoint={"writer": {"decoupled": True}, "keep_last": 2})
+        engine = start(cfg)
+        train(engine, 2)
+        engine.save_checkpoint(folder)
+        want = state(engine)
+        losses = train(engine, 2, 2)        # changes the values while they are written
+        engine.save_checkpoint(folder)      # waits for the first
+        train(engine, 1, 4)
+        engine.save_checkpoint(folder)
+        engine.destroy()                    # waits too
+        assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["global_step4", "global_step5"]
+        engine = start(cfg, everything(seed=5))
+        engine.load_checkpoint(folder)
+        assert engine.global_steps == 5
+        engine.save_checkpoint(folder, tag="kept", save_latest=False)
+        engine.load_checkpoint(folder, tag="global_step4")   # waits for what is under way
+        assert (folder / "kept").is_dir()
+        engine.destroy()
+        engine = start(config(stage, "bf16", checkpoint={"writer": {"decoupled": True}}), everything(seed=5))
+        engine.load_checkpoint(folder, tag="global_step4")
+        assert engine.global_steps == 4 and len(losses) == 2 and want.keys() == state(engine).keys()
+        engine.destroy()
+
+
+@on_ranks(2)
+def test_what_fails_in_the_background_is_raised_by_a_later_step_on_every_rank(tmp_path):
+    cfg = config(1, checkpoint={"writer": {"decoupled": True}})
+    engine = start(cfg)
+    train(engine, 1)
+    engine.save_checkpoint(tmp_path, tag="good")
+    engine._finish_save()
+    if dist.get_rank() == 1:   # this rank cannot write
+        from deepspeed.checkpoint import save
+        broken, save.stream = save.stream, _no_space
+    engine.save_checkpoint(tmp_path, tag="bad")
+    with pytest.raises(CheckpointError, match="failed on rank 1: .*No space"):
+        for step in range(1, 2000):
+            train(engine, 1, step)
+    if dist.get_rank() == 1:
+        save.stream = broken
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "latest", "zero_to_fp32.py"]
+    train(engine, 1)
+    engine.save_checkpoint(tmp_path, tag="after")
+    engine.destroy()
+    assert (tmp_path / "latest").read_text() == "after"
+
+
+def _no_space(path, pieces):
+    raise OSError(28, "No space left on device", path)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are not what was written: never loaded, always named, and the newest good one takes their place."""
+import os
+import random
+import shutil
+
+import pytest
+import torch.distributed as dist
+
+from deepspeed.checkpoint import Checkpoint, CheckpointError
+from tests.parity.everything import assert_same, config, everything, start, state, train
+from tests.parity.launch import on_ranks, run
+
+
+def flip(path, at, bit=0):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def cut(path, keep):
+    with open(path, "r+b") as file:
+        file.truncate(keep)
+
+
+def two_saves(folder):
+    engine = start(config(2))
+    train(engine, 1)
+    engine.save_checkpoint(folder)
+    older = state(engine)
+    train(engine, 1, 1)
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    return older
+
+
+def damage(kind, newest):
+    data = [os.path.join(newest, name) for name in sorted(os.listdir(newest)) if name.startswith("state")]
+    if kind == "flip":
+        flip(data[1], os.path.getsize(data[1]) - 5)
+    elif kind == "flip in a header":
+        flip(data[0], 20)
+    elif kind == "truncated":
+        cut(data[0], os.path.getsize(data[0]) - 1)
+    elif kind == "longer":
+        with open(data[0], "ab") as file:
+            file.write(b"\0")
+    elif kind == "missing":
+        os.unlink(data[1])
+    elif kind == "manifest":
+        flip(os.path.join(newest, "manifest.json"), 200)
+    elif kind == "torn manifest":
+        cut(os.path.join(newest, "manifest.json"), 1000)
+    elif kind == "no manifest":
+        os.unlink(os.path.join(newest, "manifest.json"))
+    else:
+        shutil.rmtree(newest)
+
+
+KINDS = ("flip", "flip in a header", "truncated", "longer", "missing", "manifest", "torn manifest", "no manifest", "gone")
+
+
+def all_kinds(folder):
+    good = os.path.join(folder, "good")
+    older = two_saves(good)
+    engine = start(config(3), everything(seed=5))
+    for kind in KINDS:
+        bad = os.path.join(folder, kind)
+        if dist.get_rank() == 0:
+            shutil.copytree(good, bad)
+            damage(kind, os.path.join(bad, "global_step2"))
+        dist.barrier()
+        with pytest.raises(CheckpointError) as error:
+            engine.load_checkpoint(bad, tag="global_step2")
+        assert "global_step2" in str(error.value), kind
+        path, _ = engine.load_checkpoint(bad)
+        assert path.endswith("global_step1"), kind
+        assert_same(state(engine), older)
+    engine.destroy()
+
+
+def test_the_last_good_one_loads_instead(tmp_path):
+    run(all_kinds, 2, str(tmp_path))
+
+
+@on_ranks(2)
+def test_when_none_is_good_every_reason_is_given(tmp_path):
+    two_saves(tmp_path)
+    if dist.get_rank() == 0:
+        for name in ("global_step1", "global_step2"):
+            cut(tmp_path / name / "state_00000_of_00002.safetensors", 100)
+    dist.barrier()
+    engine = start(config(3), everything(seed=5))
+    with pytest.raises(CheckpointError, match="(?s)no checkpoint could be loaded.*global_step2.*has 100 bytes.*global_step1.*has 100 bytes"):
+        engine.load_checkpoint(tmp_path)
+    engine.destroy()
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path):
+    run(two_saves, 2, str(tmp_path))
+    where = tmp_path / "global_step2" / "manifest.json"
+    text, draw = where.read_bytes(), random.Random(4)
+    for _ in range(300):
+        at, bit = draw.randrange(len(text)), draw.randrange(8)
+        where.write_bytes(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1:])
+        with pytest.raises(CheckpointError):
+            Checkpoint(tmp_path / "global_step2")
+    for _ in range(50):
+        where.write_bytes(text[:draw.randrange(len(text))])
+        with pytest.raises(CheckpointError):
+            Checkpoint(tmp_path / "global_step2")
+    where.write_bytes(text)
+    assert Checkpoint(tmp_path / "global_step2").verify() == []
+
+
+def test_every_flipped_bit_of_the_data_is_seen(tmp_path):
+    run(two_saves, 2, str(tmp_path))
+    folder, draw = tmp_path / "global_step2", random.Random(5)
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".safetensors"):
+            for _ in range(20):
+                at, bit = draw.randrange(os.path.getsize(folder / name)), draw.randrange(8)
+                flip(folder / name, at, bit)
+                assert len(Checkpoint(folder).verify()) == 1
+                flip(folder / name, at, bit)
+    assert Checkpoint(folder).verify() == []
