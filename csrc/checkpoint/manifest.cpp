@@ -131,7 +131,7 @@ TensorRecord read_tensor(const Json& json, const std::vector<FileRecord>& files)
     empty = empty || extent == 0;
     fits = fits && (extent == 0 || !__builtin_mul_overflow(bytes, extent, &bytes));
   }
-  if (!fits) fail(ManifestFault::Shape, who + " has more elements than can be counted");
+  if (!fits && !empty) fail(ManifestFault::Shape, who + " has more elements than can be counted");
   tensor.numel = empty ? 0 : bytes / tensor.item_bytes;
   if (const auto order = json.find("order"); order != json.end()) tensor.order = counts_of(*order, who + ": order");
   check_order(tensor, who);
