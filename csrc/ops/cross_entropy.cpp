@@ -98,6 +98,7 @@ void backward_into(const at::Tensor& dx, const at::Tensor& grad, const at::Tenso
   check_device(grad, "grad", logits, "logits");
   if (logits.numel() == 0) return;
   const at::Tensor g = grad.contiguous(), t = labels.contiguous(), s = stats.contiguous();
+  if (t.is_cpu()) check_labels(t, c);  // on the CPU a label is an index; a GPU's threads compare it with theirs
   gradients_of_rows(mutable_data(dx), logits, t.const_data_ptr<int64_t>(), s.const_data_ptr<float>(), g.const_data_ptr<float>(), 1.0f, c);
 }
 

@@ -177,10 +177,14 @@ at::Tensor loss_only(const at::Tensor& hidden, const at::Tensor& weight, const O
   return std::get<0>(call_chunks(hidden, weight, bias, labels, {}, reduction, ignored, smoothing, z_loss, chunk_tokens, {false, false, false}));
 }
 
-// x *= factor, unless the factor is 1: then x is not touched.
+// x *= factor, unless the factor is 1: then x is not touched. On a GPU it is multiplied in any case: looking would wait for the device.
 void scale_unless_one(at::Tensor& x, const at::Tensor& factor) {
   TORCH_CHECK_VALUE(factor.numel() == 1, "factor must have one element, its shape is ", factor.sizes());
-  if (x.numel() != 0 && factor.item<double>() != 1.0) x.mul_(factor.item());
+  if (x.is_cuda()) {
+    x.mul_(factor.view({}));
+  } else if (x.numel() != 0 && factor.item<double>() != 1.0) {
+    x.mul_(factor.item());
+  }
 }
 
 void scale_unless_one_meta(at::Tensor&, const at::Tensor&) {}

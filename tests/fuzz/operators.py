@@ -128,27 +128,132 @@ def chunks_to_reduce(rng):
     return {**quantized(rng, rng.randrange(1, 4)), **again}
 
 
+def shape_of(rng, last=SIZES):
+    return [rng.choice(SIZES[:8]) for _ in range(rng.randrange(3))] + [rng.choice(last)]
+
+
+def alike(*names, last=SIZES):
+    """Tensors of one shape, dtype and layout, and no bias."""
+    def fit(rng):
+        shape, dtype = shape_of(rng, last), rng.choice(FLOATS)
+        return {"bias": None, **{name: torch.randn(shape).to(dtype) for name in names}}
+    return fit
+
+
+def activation(*names, halves=False):
+    def fit(rng):
+        tensors = alike(*names, last=[2 * size for size in SIZES] if halves else SIZES)(rng)
+        if halves and "grad" in tensors:
+            tensors["grad"] = tensors["x"].chunk(2, -1)[0].clone()
+        fitted = {**tensors, "act": rng.choice(("gelu", "gelu_tanh", "silu", "relu"))}
+        if "up" in names:
+            del fitted["bias"]
+        elif rng.random() < 0.5:
+            fitted["bias"] = torch.randn(fitted["x"].shape[-1])
+        return fitted
+    return fit
+
+
+def dropout(*names):
+    def fit(rng):
+        return {**alike(*names)(rng), "state": ops().philox_state(torch.empty(0)), "p": rng.choice((0.0, 0.1, 1.0))}
+    return fit
+
+
+def rotation(rng):
+    batch, tokens, heads, size = rng.choice((0, 1, 2)), rng.choice(SIZES[:8]), rng.choice((1, 2, 4)), 2 * rng.choice((1, 3, 4, 16, 33))
+    heads_first, dtype, rotary = rng.random() < 0.5, rng.choice(FLOATS), 2 * rng.randrange(1, size // 2 + 1)
+    order = (lambda h: [batch, h, tokens, size]) if heads_first else (lambda h: [batch, tokens, h, size])
+    tables = [torch.randn(tokens, rotary if rng.random() < 0.5 else rotary // 2) for _ in range(2)]
+    tables[1] = torch.randn(tables[0].shape)
+    return dict(q=torch.randn(order(heads)).to(dtype), k=torch.randn(order(1)).to(dtype), cos=tables[0], sin=tables[1], positions=None,
+                rotary_dim=rotary, interleaved=rng.random() < 0.5, heads_first=heads_first, inverse=rng.random() < 0.5)
+
+
+def norm_backward(*statistics):
+    def fit(rng):
+        rows, columns, dtype = rng.choice(SIZES[:10]), rng.choice(SIZES[1:]), rng.choice(FLOATS)
+        made = {name: torch.randn(rows, columns).to(dtype) for name in ("dy", "h", "dh")}
+        if rng.random() < 0.5:
+            made["dh"] = None
+        wide = rng.random() < 0.5
+        made["weight"] = torch.randn(columns).to(torch.float32 if wide else dtype)
+        return {**made, **{name: torch.rand(rows) for name in statistics}, "parameter_dtype": torch.float32 if wide else dtype}
+    return fit
+
+
+def norm(rng):
+    columns, dtype = rng.choice(SIZES[1:]), rng.choice(FLOATS)
+    made = {name: torch.randn(rng.choice((1, 3)), columns).to(dtype) for name in ("x",)}
+    return {**made, "residual": torch.randn(made["x"].shape).to(dtype), "weight": torch.randn(columns).to(dtype), "bias": None, "eps": 1e-5}
+
+
+def with_format(*names):
+    def fit(rng):
+        format = rng.choice(("int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp4_e2m1", "fp12_e4m7"))
+        tensors = alike(*names)(rng)
+        del tensors["bias"]
+        if "residual" in tensors:
+            tensors["residual"] = torch.randn(tensors["x"].shape)
+        return {**tensors, "format": format, "group_size": rng.choice((1, 3, 8, 64, 100, 4096)), "symmetric": True, "offset": rng.choice((0, 8))}
+    return fit
+
+
+def scaled(rng):
+    return {"x": torch.randn(shape_of(rng)), "factor": torch.tensor(rng.choice((0.0, 0.5, 1.0)))}
+
+
+def probabilities(rng):
+    y = torch.rand(shape_of(rng)).to(rng.choice(FLOATS))
+    return {"y": y, "grad": torch.randn(y.shape).to(y.dtype), "scale": 0.5, "causal": y.dim() > 1 and rng.random() < 0.5}
+
+
+def labelled(*names):
+    """Logits (or hidden states and a weight) with labels that fit."""
+    def fit(rng):
+        rows, columns, inner, dtype = rng.choice(SIZES[:10]), rng.choice(SIZES[1:]), rng.choice(SIZES[1:]), rng.choice(FLOATS)
+        made = {"logits": torch.randn(rows, columns).to(dtype), "labels": torch.randint(columns, (rows,)), "grad": torch.randn(rows),
+                "stats": torch.randn(rows, 2), "hidden": torch.randn(rows, inner).to(dtype), "weight": torch.randn(columns, inner).to(dtype),
+                "bias": None, "row_weights": None, "reduction": rng.choice((0, 1, 2)), "label_smoothing": 0.1, "z_loss": 0.0,
+                "chunk_tokens": rng.choice((1, 3, 64)), "needs": [rng.random() < 0.5 for _ in range(3)]}
+        return {name: made[name] for name in names}
+    return fit
+
+
 # Arguments that must fit each other too closely to be drawn one by one.
-FITTING = {"deepspeed::dequantize": one_quantized, "deepspeed::dequantize_reduce": chunks_to_reduce}
+_OF_LOGITS = ("logits", "labels", "label_smoothing", "z_loss")
+_OF_HIDDEN = ("hidden", "weight", "bias", "labels", "reduction", "label_smoothing", "z_loss", "chunk_tokens")
+FITTING = {f"deepspeed::{name}": fit for name, fit in {
+    "dequantize": one_quantized, "dequantize_reduce": chunks_to_reduce,
+    "bias_act": activation("x"), "bias_act_backward": activation("x", "grad"), "gated": activation("gate", "up"),
+    "gated_backward": activation("gate", "up", "grad"), "gated_halves": activation("x", halves=True),
+    "gated_halves_backward": activation("x", "grad", halves=True), "dropout_add": dropout("x", "residual"), "dropout_add_backward": dropout("grad"),
+    "rope": rotation, "cross_entropy": labelled(*_OF_LOGITS), "cross_entropy_backward": labelled("grad", "stats", *_OF_LOGITS),
+    "cross_entropy_backward_": labelled("grad", "stats", *_OF_LOGITS), "linear_cross_entropy": labelled(*_OF_HIDDEN),
+    "layer_norm": norm, "layer_norm_residual": norm, "rms_norm": norm, "rms_norm_residual": norm,
+    "layer_norm_backward": norm_backward("mean", "rstd"), "rms_norm_backward": norm_backward("rstd"),
+    "quantize": with_format("x"), "quantize_feedback": with_format("x", "residual"), "fake_quantize": with_format("x"),
+    "scaled_masked_softmax_backward": probabilities, "scale_unless_one_": scaled, "linear_cross_entropy_chunks": labelled("row_weights", "needs", *_OF_HIDDEN),
+}.items()}
 
 
-def call(schema, rng, last):
+def call(schema, number, rng, last):
     """(outcome, exception or None) of one random call."""
     draw = Draw(rng)
     arguments = {a.name: draw.argument(a.type, a.default_value, a.has_default_value()) for a in schema.arguments}
     if schema.name in FITTING and rng.random() < 0.7:
-        fitting = FITTING[schema.name](rng)
+        fitting = {name: value for name, value in FITTING[schema.name](rng).items() if name in arguments}
         if draw.wild:
             del fitting[rng.choice(sorted(fitting))]    # one does not fit
         arguments.update(fitting)
-    # Backward as well, now and then.
-    if rng.random() < 0.3:
+    # Backward as well, now and then, of what is differentiable.
+    if rng.random() < 0.3 and "backward" not in schema.name and "chunks" not in schema.name:
         for value in arguments.values():
             if torch.is_tensor(value) and value.is_floating_point() and rng.random() < 0.7:
                 value.requires_grad_()
     last.seek(0)
     last.truncate()
-    last.write(f"{schema}\n" + "".join(f"  {name} = {describe(value)}\n" for name, value in arguments.items()))
+    last.write(f"call {number}\n{schema}\n" + "".join(f"  {name} = {describe(value)}\n" for name, value in arguments.items()))
     last.flush()
     namespace, name = schema.name.split("::")
     try:
@@ -165,6 +270,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first call: a seed's calls are the same in every run")
     parser.add_argument("--only", default="", help="operators whose name contains this")
     parser.add_argument("--last", default="last_call.txt")
     args = parser.parse_args()
@@ -173,13 +279,13 @@ def main():
         sys.exit("no operator has such a name")
     print(f"{len(chosen)} operators, seed {args.seed}", flush=True)
     counts, refusals = collections.Counter(), collections.defaultdict(collections.Counter)
-    end, number = time.monotonic() + args.seconds, 0
+    end, number = time.monotonic() + args.seconds, args.first
     with open(args.last, "w") as last:
         while time.monotonic() < end:
             schema = chosen[number % len(chosen)]
             rng = random.Random(f"{args.seed} {number}")
             torch.manual_seed(number)
-            outcome, error = call(schema, rng, last)
+            outcome, error = call(schema, number, rng, last)
             counts[schema.name, outcome] += 1
             if error is not None:
                 refusals[schema.name][str(error).split("\n")[0][:90]] += 1

@@ -183,6 +183,17 @@ def test_labels_out_of_range_are_named_by_position(device):
                 f()
 
 
+def test_backward_does_not_write_outside_its_rows():
+    """The operator itself, called with labels that the forward pass has not seen."""
+    from deepspeed.ops._library import ops
+    logits, grad, stats = torch.randn(3, 10), torch.ones(3), torch.ones(3, 2)
+    for bad in (-1, 10, 2**40):
+        labels = torch.tensor([0, bad, 1])
+        for f in (ops().cross_entropy_backward, lambda g, x, *rest: ops().cross_entropy_backward_(x, g, *rest)):
+            with pytest.raises(ValueError, match=rf"labels\[1\] is {bad}, must lie in"):
+                f(grad, logits.clone(), labels, stats, -100, 0.0, 0.0)
+
+
 def test_bad_arguments_are_named(device):
     h, w, t = torch.randn(6, 4, device=device), torch.randn(10, 4, device=device), torch.zeros(6, dtype=torch.int64, device=device)
     for call, message in [(lambda: linear_cross_entropy(h.double(), w, t), "hidden: dtype"), (lambda: linear_cross_entropy(h, w.bfloat16(), t), "weight is"),
