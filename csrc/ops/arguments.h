@@ -82,6 +82,11 @@ inline const void* data(const at::Tensor& t) { return t.defined() ? t.const_data
 inline void* mutable_data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& t) { return t.has_value() ? *t : at::Tensor(); }
 
+// Says that a kernel has written into the tensor: autograd then notices if it had saved the old values.
+inline void mark_written(const at::Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
 inline int64_t chunks_of(int64_t n, int64_t chunk) { return (n + chunk - 1) / chunk; }
 
 // body(index, begin, end) for [0, n) cut into chunks of `chunk`, over torch's threads. The cuts are fixed: whoever keeps one partial

@@ -96,6 +96,7 @@ void backward_into(const at::Tensor& dx, const at::Tensor& grad, const at::Tenso
   check_shape(grad, "grad", labels.sizes());
   check_shape(stats, "stats", {logits.size(0), 2});
   check_device(grad, "grad", logits, "logits");
+  check_device(stats, "stats", logits, "logits");
   if (logits.numel() == 0) return;
   const at::Tensor g = grad.contiguous(), t = labels.contiguous(), s = stats.contiguous();
   if (t.is_cpu()) check_labels(t, c);  // on the CPU a label is an index; a GPU's threads compare it with theirs
@@ -113,6 +114,7 @@ void backward_in_place(at::Tensor& logits, const at::Tensor& grad, const at::Ten
                        double smoothing, double z_loss) {
   TORCH_CHECK_VALUE(logits.is_contiguous(), "logits must be contiguous to be overwritten by their gradient");
   backward_into(logits, grad, logits, labels, stats, ignored, smoothing, z_loss);
+  mark_written(logits);
 }
 
 Two forward_meta(const at::Tensor& logits, const at::Tensor& labels, int64_t, double, double) {

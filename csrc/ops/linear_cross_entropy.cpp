@@ -180,6 +180,7 @@ at::Tensor loss_only(const at::Tensor& hidden, const at::Tensor& weight, const O
 // x *= factor, unless the factor is 1: then x is not touched. On a GPU it is multiplied in any case: looking would wait for the device.
 void scale_unless_one(at::Tensor& x, const at::Tensor& factor) {
   TORCH_CHECK_VALUE(factor.numel() == 1, "factor must have one element, its shape is ", factor.sizes());
+  mark_written(x);
   if (x.is_cuda()) {
     x.mul_(factor.view({}));
   } else if (x.numel() != 0 && factor.item<double>() != 1.0) {
@@ -202,7 +203,8 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias,
                             const at::Tensor& labels, int64_t reduction, int64_t ignored, double smoothing, double z_loss, int64_t chunk_tokens) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const bool gradients = reduction != kNone;
+    // fp16 gradients made before the loss scale is known would vanish or overflow: they are made in backward.
+    const bool gradients = reduction != kNone && hidden.scalar_type() != at::kHalf;
     const std::array<bool, 3> needs = {hidden.requires_grad(), weight.requires_grad(), bias.has_value() && bias->requires_grad()};
     const auto now = gradients ? needs : std::array<bool, 3>{false, false, false};
     auto [loss, d_hidden, d_weight, d_bias] =
@@ -213,7 +215,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       return loss;
     }
     ctx->save_for_backward({hidden, weight, bias.has_value() ? *bias : at::Tensor(), labels});
-    ctx->saved_data["settings"] = std::make_tuple(ignored, smoothing, z_loss, chunk_tokens);
+    ctx->saved_data["settings"] = std::make_tuple(ignored, smoothing, z_loss, chunk_tokens, reduction);
     return loss;
   }
 
@@ -243,8 +245,12 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     const auto saved = ctx->get_saved_variables();
     const auto settings = ctx->saved_data["settings"].toTuple();
     const auto& s = settings->elements();
+    const at::Tensor& labels = saved[3];
+    at::Tensor weights = grad;
+    if (s[4].toInt() == kMean) weights = grad.div(labels.ne(s[0].toInt()).sum());
+    if (s[4].toInt() != kNone) weights = weights.expand_symint(labels.sym_sizes());
     auto [losses, d_hidden, d_weight, d_bias] =
-        call_chunks(saved[0], saved[1], saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt, saved[3], grad, kNone, s[0].toInt(),
+        call_chunks(saved[0], saved[1], saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt, labels, weights, kNone, s[0].toInt(),
                     s[1].toDouble(), s[2].toDouble(), s[3].toInt(), needs);
     return {d_hidden, d_weight, d_bias};
   }

@@ -195,6 +195,7 @@ QuantizedTensors quantize_feedback(const at::Tensor& x, at::Tensor& residual, st
   TORCH_CHECK_VALUE(residual.is_contiguous(), "residual must be contiguous: it is written");
   const Blocks b = to_blocks(format, group_size, symmetric);
   TORCH_CHECK_VALUE(!residual.is_alias_of(x), "residual must not share memory with x");
+  mark_written(residual);
   return run_quantize(x, residual.mutable_data_ptr<float>(), b, to_rounding(stochastic, seed, offset));
 }
 

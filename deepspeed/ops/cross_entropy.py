@@ -77,10 +77,11 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
 
     With "mean" and "sum" the gradients of hidden, weight and bias are made in the forward pass (where gradients are enabled), at the cost of
     memory of their sizes from forward to backward; backward multiplies them by the incoming gradient, unless that is 1, and can run once.
-    With "none" backward computes the logits once more and needs hidden and weight again. A 16-bit weight's gradient is
+    With "none", and always in float16, whose gradients would vanish or overflow before the loss scale is known, backward computes the logits once
+    more and needs hidden and weight again. A 16-bit weight's gradient is
     added up in float32.
 
-    Under ZeRO stage 3: with "mean" and "sum" the weight is read in forward only, so it may be freed and sharded from then on; give it
+    Under ZeRO stage 3: with "mean" and "sum", but for float16, the weight is read in forward only, so it may be freed and sharded from then on; give it
     gathered, as it is inside the forward of the module that owns it (FusedLinearCrossEntropy does), or under GatheredParameters. With
     "none" it must be gathered in backward too, which the owning module's hooks see to.
     Raises ValueError naming the argument, and the position of a label out of range; on a GPU that check waits for the labels.

@@ -5,11 +5,15 @@ Note [Swapping the class]: a module is not exchanged, its class is: ``module.__c
 ``forward``. So the parameters, hooks, buffers, names in the state_dict and every reference to the module stay what they are, it works before and after
 ``deepspeed.initialize``, ``isinstance`` still holds, and undoing it restores the very same object.
 """
+import functools
 from dataclasses import dataclass, field
 
 import torch
 
+from deepspeed.ops._base import has_kernels
 from deepspeed.ops.replace_rules import RULES
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What two correct implementations may differ by, in units of the dtype's rounding of the largest value: either rounds its result once (half
 # a unit) and may round what lies between once or twice. Gradients pass through twice as many roundings.
@@ -45,6 +49,7 @@ def replace_modules(model, include=None, exclude=()):
     Hugging Face (RMSNorm classes, `gate_proj/up_proj/down_proj` MLPs, activation classes), not functions called inside somebody's `forward`.
 
     include, exclude: names of rules, of "layer_norm", "rms_norm", "activation", "gated_mlp", "softmax", "cross_entropy"; default: all.
+    Input of another dtype than the weights, as under autocast, and of dtypes or devices without kernels goes the module's own way.
     Weights, their names and hooks are untouched. On a compiled module it must be called before torch.compile.
     """
     wanted = _wanted(include, exclude)
@@ -112,11 +117,25 @@ def _fused_class(original, rule_name, choice):
     if key not in _classes:
         forward = next(rule for rule in RULES if rule.name == rule_name).forwards[choice]
         _classes[key] = type("Fused" + original.__name__, (original,), {
-            "forward": forward, "_replaced_class": original, "__doc__": f"{original.__name__} with a fused forward ({rule_name}).",
+            "forward": _where_tried(original, forward), "_replaced_class": original, "__doc__": f"{original.__name__} with a fused forward ({rule_name}).",
             # The class cannot be found by name: pickles and copies make it again.
             "__reduce_ex__": lambda self, protocol: (_rebuild, (original, rule_name, choice), self.__dict__),
         })
     return _classes[key]
+
+
+def _where_tried(original, fused):
+    """The fused forward for what the trial stands for: kernels for the device, a dtype they know, that of the weights. Else the module's own."""
+
+    @functools.wraps(original.forward)
+    def forward(self, input, *args, **kwargs):
+        weight = next(self.parameters(), None)
+        known = torch.is_tensor(input) and input.dtype in _KERNEL_DTYPES and has_kernels(input.device)
+        if known and (weight is None or weight.dtype == input.dtype):
+            return fused(self, input, *args, **kwargs)
+        return original.forward(self, input, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(original, rule_name, choice):

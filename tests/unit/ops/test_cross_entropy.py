@@ -194,6 +194,37 @@ def test_backward_does_not_write_outside_its_rows():
                 f(grad, logits.clone(), labels, stats, -100, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
+def test_half_precision_under_a_loss_scale(device, reduction, loss_scale):
+    """Gradients that are scaled in time neither vanish nor overflow: as near to the exact ones as torch's."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, device=device).half().mul(0.5).requires_grad_() for n in (2048, 1024))
+    labels = torch.randint(1024, (2048,), device=device)
+    factor = loss_scale if reduction == "mean" else loss_scale / 2048
+    grads = {}
+    for name, dtype in (("exact", torch.float64), ("torch", torch.float32)):
+        loss = torch.nn.functional.cross_entropy((hidden.to(dtype) @ weight.to(dtype).t()), labels, reduction=reduction)
+        grads[name] = torch.autograd.grad(loss * factor, [hidden, weight])
+    ours = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, reduction=reduction, chunk_tokens=500) * factor, [hidden, weight])
+    for g, exact in zip(ours, grads["exact"]):
+        assert torch.isfinite(g).all()
+        # logits and their gradients are rounded to fp16 on the way, which torch's fp32 logits here are not
+        assert (g.double() - exact.double()).abs().max() <= 8 * torch.finfo(torch.float16).eps * exact.double().abs().max()
+
+
+def test_overwritten_logits_are_noticed():
+    z = torch.tanh(torch.randn(4, 6, requires_grad=True))   # tanh has saved its result
+    loss = cross_entropy(z, torch.tensor([0, 1, 2, 3]), inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    z = torch.randn(4, 6, requires_grad=True) * 1.0
+    loss = cross_entropy(z, torch.tensor([0, 1, 2, 3]), inplace_backward=True)
+    torch.autograd.grad(loss, z, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, z)
+
+
 def test_bad_arguments_are_named(device):
     h, w, t = torch.randn(6, 4, device=device), torch.randn(10, 4, device=device), torch.zeros(6, dtype=torch.int64, device=device)
     for call, message in [(lambda: linear_cross_entropy(h.double(), w, t), "hidden: dtype"), (lambda: linear_cross_entropy(h, w.bfloat16(), t), "weight is"),

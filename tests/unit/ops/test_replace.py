@@ -123,6 +123,21 @@ def test_losses_of_other_shapes_are_torch_s():
         assert torch.equal(fused[0](logits, target), own(logits, target))
 
 
+@pytest.mark.parametrize("module, dtype", [(torch.nn.GELU(), torch.float64), (LlamaLikeRMSNorm(D), torch.bfloat16), (torch.nn.Softmax(-1), torch.float64),
+                                           (LlamaLikeRMSNorm(D).bfloat16(), torch.float32)])
+def test_what_was_not_tried_is_computed_as_before(module, dtype):
+    model = torch.nn.Sequential(module)
+    x = torch.randn(3, D).to(dtype)
+    expected = model(x)
+    assert replace_modules(model).replaced
+    assert torch.equal(model(x), expected) and model(x).dtype == expected.dtype
+    if dtype is torch.float64:
+        logits, target = torch.randn(3, 5, dtype=dtype), torch.tensor([0, 4, 1])
+        loss = torch.nn.Sequential(torch.nn.CrossEntropyLoss())
+        replace_modules(loss)
+        assert torch.equal(loss[0](logits, target), torch.nn.functional.cross_entropy(logits, target))
+
+
 def test_what_computes_something_else_stays(model):
     model.body[4] = MisleadingRMSNorm(D)
     done = replace_modules(model)
