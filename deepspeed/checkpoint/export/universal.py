@@ -2,6 +2,7 @@
 """A checkpoint in DeepSpeed's universal format, which its engines load with "checkpoint": {"load_universal": true}. Layout: foreign/universal.py."""
 import collections
 import os
+import re
 import shutil
 import sys
 
@@ -10,11 +11,13 @@ from deepspeed.checkpoint.export.weights import SourceTensor, frozen_names
 
 _VERSION = "0.19.8"   # of the DeepSpeed whose layout this is
 _STATE_DTYPE = "F32"
+_KIND = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
 
 def write_universal(source, folder, progress=None):
     """Writes `source` as the tag folder `folder` and points latest_universal beside it there. Holds one chunk of a tensor at a time."""
     _check_names(source)
+    _check_place(source, folder)
     part = f"{os.path.normpath(folder)}.part-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -25,8 +28,9 @@ def write_universal(source, folder, progress=None):
         for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
             write_torch(os.path.join(part, name), model)
         if os.path.isdir(folder):
-            shutil.rmtree(folder)
+            os.rename(folder, part + ".old")
         os.rename(part, folder)
+        shutil.rmtree(part + ".old", ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -42,9 +46,25 @@ def universal_bytes(source):
 
 
 def _check_names(source):
-    for name, _ in source.tensors:
+    """Names become paths here, and a manifest may come from anywhere."""
+    groups = (source.state.get("optimizer") or {}).get("groups", ())
+    names = [name for name, _ in source.tensors] + [name for group in groups for name in group["params"]]
+    for name in names:
         if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
             raise ValueError(f"{source.path}: a parameter called {name!r} cannot have a folder of this name")
+    for kind in {kind for _, kind in source.tensors}:
+        if not _KIND.fullmatch(kind):
+            raise ValueError(f"{source.path}: a state called {kind!r} cannot have a file of this name")
+
+
+def _check_place(source, folder):
+    """What is in the way is replaced only if it is an export itself."""
+    here, source_at = os.path.realpath(folder), os.path.realpath(source.path)
+    if os.path.commonpath([here, source_at]) == here:
+        raise ValueError(f"{folder} holds the checkpoint that is to be converted, {source.path}: give another output folder")
+    if os.path.lexists(folder) and not os.path.isfile(os.path.join(folder, "zero", "optimizer_state.pt")):
+        if not os.path.isdir(folder) or os.listdir(folder):
+            raise ValueError(f"{folder} exists and is not a universal checkpoint: give another output folder, or remove it")
 
 
 def _write_tensors(source, zero, progress):

@@ -206,6 +206,33 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 
 # ---- ds_to_universal
 
+def test_universal_replaces_nothing_but_universal(ours, tmp_path):
+    from deepspeed.checkpoint.export.universal import write_universal
+    source = open_checkpoint(ours)
+    for folder in (ours, ours.parent):
+        with pytest.raises(ValueError, match="holds the checkpoint that is to be converted"):
+            write_universal(source, str(folder))
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    with pytest.raises(ValueError, match="is not a universal checkpoint"):
+        write_universal(source, str(precious))
+    assert (precious / "file").read_text() == "x" and open_checkpoint(ours).verify() == []
+    for _ in range(2):
+        write_universal(source, str(tmp_path / "out" / "universal"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["latest_universal", "universal"]
+
+
+@pytest.mark.parametrize("name, kind", [("../w", "fp32"), ("w", "../../fp32"), ("w", "/fp32"), ("/w", "fp32")])
+def test_names_of_a_manifest_stay_inside(ours, tmp_path, name, kind):
+    from deepspeed.checkpoint.export.universal import write_universal
+    source = open_checkpoint(ours)
+    source.tensors[name, kind] = next(iter(source.tensors.values()))
+    with pytest.raises(ValueError, match="cannot have a"):
+        write_universal(source, str(tmp_path / "universal"))
+    assert not (tmp_path / "universal").exists()
+
+
 @pytest.mark.parametrize("case", [*CASES, None])
 def test_universal_holds_everything(case, ours, tmp_path):
     folder = ours / "global_step3" if case is None else next(path for path in (THEIRS / case).iterdir() if path.is_dir())
