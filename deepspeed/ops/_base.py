@@ -24,11 +24,22 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     state_names = ()
     unsigned_states = ("exp_avg_sq",)  # those that are never negative
+    _settings = ("_storage",)  # attributes that copies and pickles carry; torch carries defaults, state and param_groups alone
 
     def __init__(self, params, defaults, fp32_optimizer_states=True, **storage_options):
         self._storage = Storage(type(self).__name__, fp32_optimizer_states, **storage_options)
         self._numbers = {}
         super().__init__(params, defaults)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._settings if name in self.__dict__}}
+
+    def __setstate__(self, state):
+        """Also of pickles that carry no settings, and what torch's load_state_dict calls with state and groups alone."""
+        super().__setstate__(state)
+        if "_storage" not in self.__dict__:
+            self._storage = Storage.of_states(type(self).__name__, self.state, self.state_names)
+        self._numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     @property
     def storage(self):

@@ -59,6 +59,21 @@ class Storage:
         self.is_split, self.is_stochastic, self.is_8bit = master == "split", rounding == "stochastic", state_dtype == "8bit"
         self.state_dtype, self.fp32_states, self.seed = state_dtype, bool(fp32_optimizer_states), int(seed)
 
+    @classmethod
+    def of_states(cls, owner, states, names):
+        """The options that made these states ({parameter: {name: tensor}}), as far as they show: rounding does not."""
+        options = {}
+        for param, state in states.items():
+            if "low_bits" in state:
+                options["master"] = "split"
+            for name in names:
+                if scale_key(name) in state:
+                    options["state_dtype"] = "8bit"
+                elif name in state and state[name].dtype != torch.float32:
+                    as_param = state[name].dtype == param.dtype
+                    options.update(dict(fp32_optimizer_states=False) if as_param else dict(state_dtype=state[name].dtype))
+        return cls(owner, **options)
+
     @property
     def is_plain(self):
         """Whether master values and states are what they are without any option."""

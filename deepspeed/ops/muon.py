@@ -147,6 +147,8 @@ class MuonWithAuxAdam(FusedOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    _muon_lr, _adam_lr = 0.02, 3e-4
+    _settings = (*FusedOptimizer._settings, "_muon_lr", "_adam_lr")
 
     def __init__(self, params, lr=None, muon_lr=None, adam_lr=None, momentum=0.95, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-10,
                  ns_method="gram"):

@@ -7,6 +7,8 @@ class DeepSpeedCPUAdagrad(FusedOptimizer):
     """Adagrad (Duchi et al. 2011) with the numbers of torch.optim.Adagrad. `adamw_mode` is accepted and means nothing."""
 
     state_names = ("exp_avg_sq",)
+    fp32_optimizer_states = True
+    _settings = (*FusedOptimizer._settings, "fp32_optimizer_states")
 
     def __init__(self, model_params, lr=1e-2, eps=1e-10, weight_decay=0, amsgrad=False, fp32_optimizer_states=True, adamw_mode=None,
                  **storage_options):

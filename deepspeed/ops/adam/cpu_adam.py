@@ -12,6 +12,9 @@ class DeepSpeedCPUAdam(AdamBase):
     `fp32_optimizer_states=False` keeps exp_avg and exp_avg_sq in the parameter's dtype.
     """
 
+    fp32_optimizer_states = True
+    _settings = (*AdamBase._settings, "adam_w_mode", "fp32_optimizer_states")
+
     def __init__(self, model_params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False,
                  adamw_mode=True, fp32_optimizer_states=True, **storage_options):
         refuse_amsgrad("DeepSpeedCPUAdam", amsgrad)
@@ -21,6 +24,10 @@ class DeepSpeedCPUAdam(AdamBase):
                          dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction, amsgrad=amsgrad),
                          fp32_optimizer_states, **storage_options)
         self._snapshots = {}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__.setdefault("_snapshots", {})  # what a copy has not stepped it cannot undo
 
     def _subgroup(self, subgroup_id):
         if not 0 <= int(subgroup_id) < len(self.param_groups):

@@ -22,6 +22,9 @@ class FusedAdam(AdamBase):
     The numbers are those of torch.optim.Adam and AdamW. `set_grad_none`: zero_grad() drops gradients instead of zeroing them.
     """
 
+    set_grad_none = True
+    _settings = (*AdamBase._settings, "adam_w_mode", "set_grad_none")
+
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0,
                  amsgrad=False, set_grad_none=True, **storage_options):
         refuse_amsgrad("FusedAdam", amsgrad)

@@ -13,6 +13,8 @@ class FusedLamb(FusedOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    _coefficients = ()
+    _settings = (*FusedOptimizer._settings, "_coefficients")
 
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, eps_inside_sqrt=False, weight_decay=0.0,
                  max_grad_norm=0.0, max_coeff=10.0, min_coeff=0.01, amsgrad=False, **storage_options):

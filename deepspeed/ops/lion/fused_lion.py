@@ -20,6 +20,9 @@ class FusedLion(LionBase):
     `set_grad_none`: zero_grad() drops gradients instead of zeroing them.
     """
 
+    set_grad_none = True
+    _settings = (*LionBase._settings, "set_grad_none")
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, set_grad_none=True, adamw_mode=None, **storage_options):
         self.set_grad_none = set_grad_none
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), **storage_options)

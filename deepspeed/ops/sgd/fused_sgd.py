@@ -11,6 +11,8 @@ class FusedSGD(FusedOptimizer):
     """
 
     state_names = ("momentum_buffer",)
+    set_grad_none = True
+    _settings = (*FusedOptimizer._settings, "set_grad_none")
 
     def __init__(self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, set_grad_none=True, **storage_options):
         self.set_grad_none = set_grad_none

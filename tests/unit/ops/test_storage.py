@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Split masters, stochastic rounding and narrow states through the optimizers' Python face."""
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeed.ops.muon import MuonWithAuxAdam
 from deepspeed.ops.sgd import FusedSGD
 
 SHAPES = [(1,), (255,), (256,), (257,), (33, 31), (4099,), (), (0, 3)]
@@ -199,6 +201,85 @@ def test_state_dict_round_trip(kind, options):
         assert torch.equal(p, q)
         for key, value in optimizer.state[p].items():
             assert torch.equal(other.state[q][key], value) if torch.is_tensor(value) else other.state[q][key] == value
+
+
+def of_torch(optimizer):
+    """What torch's own __getstate__ leaves: pickles of before carry no more."""
+    old = type(optimizer).__new__(type(optimizer))
+    old.__setstate__(copy.deepcopy(torch.optim.Optimizer.__getstate__(optimizer)))
+    return old
+
+
+def through_a_file(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def assert_stays_with(optimizer, other, steps=(3, 4)):
+    """Both have the same parameters and states, to the bit, after more steps with the same gradients."""
+    params, copies = ([p for group in o.param_groups for p in group["params"]] for o in (optimizer, other))
+    for step in steps:
+        give_gradients(step, params, copies)
+        optimizer.step(), other.step()
+    for p, q in zip(params, copies):
+        assert p is not q and torch.equal(p, q)
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(other.state[q][key], value) if torch.is_tensor(value) else other.state[q][key] == value
+
+
+@pytest.mark.parametrize("options", [{}, dict(master="split"), dict(state_dtype="8bit"), dict(master="split", state_dtype=torch.bfloat16),
+                                     dict(rounding="stochastic", seed=9)])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_pickles_go_on_to_the_bit(kind, copied, steps, options):
+    params = parameters()
+    optimizer = KINDS[kind]([{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.0}], **options)
+    for step in range(steps):
+        give_gradients(step, params)
+        optimizer.step()
+    other = copied(optimizer)
+    assert vars(other.storage) == vars(optimizer.storage)
+    assert_stays_with(optimizer, other)
+    later = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    for o in (optimizer, other):
+        o.add_param_group({"params": [copy.deepcopy(later)]})
+    assert_stays_with(optimizer, other, steps=(5,))
+    other.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{}, dict(master="split"), dict(state_dtype="8bit"), dict(state_dtype=torch.float16)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "cpu adam"])  # whose adamw_mode does not show
+def test_pickles_without_settings_are_read_by_their_states(kind, options):
+    params = parameters()
+    optimizer = KINDS[kind](params, **options)
+    give_gradients(0, params)
+    optimizer.step()
+    other = of_torch(optimizer)
+    assert_stays_with(optimizer, other)
+    other.zero_grad()
+
+
+def test_settings_outlive_copies_and_loading():
+    p = torch.nn.Parameter(torch.ones(4))
+    adam = copy.deepcopy(FusedAdam([p], adam_w_mode=False, set_grad_none=False))
+    assert not adam.adam_w_mode and not adam.set_grad_none
+    cpu = through_a_file(DeepSpeedCPUAdam([p], adamw_mode=False, fp32_optimizer_states=False))
+    assert not cpu.adam_w_mode and not cpu.fp32_optimizer_states and not cpu.storage.fp32_states
+    with pytest.raises(RuntimeError, match="no step to undo"):
+        cpu.rollback_subgroup(0)
+    cpu.load_state_dict(cpu.state_dict())  # torch calls __setstate__ there
+    assert not cpu.storage.fp32_states
+    muon = copy.deepcopy(MuonWithAuxAdam([p], muon_lr=0.5, adam_lr=0.25))
+    muon.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))]})
+    assert muon.param_groups[-1]["lr"] == 0.5
+    muon = copy.deepcopy(of_torch(muon))
+    muon.param_groups[1]["params"][0].grad = torch.ones(2, 2)
+    muon.step()
+    narrow = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    half = DeepSpeedCPUAdam([narrow], fp32_optimizer_states=False)
+    narrow.grad = torch.ones_like(narrow)
+    half.step()
+    assert of_torch(half).storage.is_plain and not of_torch(half).storage.fp32_states
 
 
 def test_state_dict_of_another_kind_is_refused():
