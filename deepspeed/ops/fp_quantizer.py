@@ -4,6 +4,8 @@
 ``q_bits`` chooses the format: 4 (e2m1), 6 (e3m2), 8 (e4m3, or e5m2 with ``q_mantisa_bits=2``), 12 (e4m7). ``q_mantisa_bits`` is looked at for 8 bits
 only. Codes of 8 bits are those of torch.float8_e4m3fn and torch.float8_e5m2.
 """
+import math
+
 import torch
 
 from deepspeed.ops import quantizer
@@ -73,17 +75,22 @@ class FP_Quantize(Quantizer):
         return self.scale
 
     def selective_dequantize(self, input_q, indexes, fp_out=None, q_bits=8, q_mantisa_bits=3, scale=None):
-        """The slices ``indexes`` (integers, [k]) of the first dimension alone, each of which must be whole groups: [k, *rest of the shape]."""
+        """The slices ``indexes`` (integers, [k]) of the first dimension: [k, *rest of the shape]. Only their own codes are read if a slice is a whole
+        number of groups; otherwise groups reach over slices, and all codes are read."""
         if self.orig_shape is None:
             raise ValueError("input_q: nothing was quantised here before, so its shape is not known")
         scale = self.scale if scale is None else scale
-        slices = self.orig_shape[0] if self.orig_shape else 0
-        if slices == 0 or scale.numel() % slices or input_q.numel() % slices or input_q.shape[0] % slices:
-            raise ValueError(f"group_size: a slice of shape {self.orig_shape[1:]} is not a whole number of groups of {self.group_size}")
-        codes = input_q.reshape(slices, -1)[indexes].reshape(-1)
-        shape = (len(indexes), *self.orig_shape[1:])
-        dtype = self.orig_dtype if fp_out is None else fp_out.dtype
-        values = self._read(codes, scale.view(slices, -1)[indexes].reshape(-1), shape, dtype, _format(q_bits, q_mantisa_bits))
+        if not self.orig_shape:
+            raise ValueError("input_q: what was quantised last is a single number and has no slices")
+        format, dtype = _format(q_bits, q_mantisa_bits), self.orig_dtype if fp_out is None else fp_out.dtype
+        slices, slice_shape = self.orig_shape[0], self.orig_shape[1:]
+        groups, rest = divmod(math.prod(slice_shape), self.group_size)
+        sizes = slices * groups, quantizer.data_nbytes(math.prod(self.orig_shape), format, self.group_size)
+        if groups == 0 or rest or (scale.numel(), input_q.numel()) != sizes:
+            values = self._read(input_q, scale, self.orig_shape, dtype, format)[indexes]  # refuses codes and scales of other sizes
+        else:
+            codes, scales = input_q.reshape(slices, -1)[indexes], scale.reshape(slices, groups)[indexes]
+            values = self._read(codes.reshape(-1), scales.reshape(-1), (len(codes), *slice_shape), dtype, format)
         return values if fp_out is None else fp_out.copy_(values)
 
 

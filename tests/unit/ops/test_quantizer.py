@@ -333,6 +333,35 @@ def test_fp_quantizer(q_bits, format):
     assert odd.dim() == 1 and fp.dequantize(odd, q_bits=q_bits).shape == (1, 100)
 
 
+@pytest.mark.parametrize("shape, group_size", [((2, 3), 4), ((2, 3), 6), ((4, 6), 4), ((3, 8), 4), ((6,), 4), ((4,), 1), ((3, 2, 5), 5), ((3, 5), 64),
+                                               ((3, 0), 4), ((5, 7), 3)])
+@pytest.mark.parametrize("q_bits", [4, 6, 8, 12])
+def test_slices_are_those_of_the_whole(q_bits, shape, group_size):
+    torch.manual_seed(12)
+    fp = fp_quantizer.FP_Quantize(None)
+    fp.group_size = group_size
+    codes, scale = fp.quantize(torch.randn(shape) * 100, q_bits=q_bits, return_meta_tensor=True)
+    whole = fp.dequantize(codes, q_bits=q_bits)
+    for indexes in (torch.tensor([1]), torch.tensor([shape[0] - 1, 0, 0]), [0, -1], torch.tensor([], dtype=torch.long)):
+        assert torch.equal(fp.selective_dequantize(codes, indexes, q_bits=q_bits, scale=scale), whole[indexes])
+    out = torch.empty(1, *shape[1:], dtype=torch.bfloat16)
+    assert fp.selective_dequantize(codes, [1], fp_out=out, q_bits=q_bits) is out and torch.equal(out, whole[[1]].bfloat16())
+    if codes.numel():
+        for bad, name in ((dict(input_q=codes.view(-1)[:-1], scale=scale), "data has"), (dict(input_q=codes, scale=scale[:-1]), "scale has")):
+            with pytest.raises(ValueError, match=name):
+                fp.selective_dequantize(indexes=[0], q_bits=q_bits, **bad)
+
+
+def test_slices_of_groups_that_straddle():
+    fp = fp_quantizer.FP_Quantize(None)
+    fp.group_size = 4
+    codes = fp.quantize(torch.tensor([[1.0, 2.0, 3.0], [400.0, 5.0, 6.0]]))
+    assert torch.equal(fp.selective_dequantize(codes, torch.tensor([1]))[0], fp.dequantize(codes)[1])
+    fp.quantize(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="no slices"):
+        fp.selective_dequantize(codes, [0])
+
+
 def test_fp_quantizer_choices():
     plain = fp_quantizer.Quantizer()
     assert plain.group_size == 512
