@@ -83,9 +83,17 @@ class Checkpoint(CheckpointSource):
 
     @functools.cached_property
     def state(self):
-        """The tree that is no tensors of the model, decoded."""
+        """The tree that is no tensors of the model, decoded; what every rank knows of its own parameters alone is put together."""
         tree = self.document.get("state", {})
-        return self._decoded({key: value for key, value in tree.items() if key != "ranks"} if isinstance(tree, dict) else tree)
+        if not isinstance(tree, dict):
+            return self._decoded(tree)
+        state = self._decoded({key: value for key, value in tree.items() if key != "ranks"})
+        optimizer = state.get("optimizer")
+        if isinstance(optimizer, dict):
+            optimizer["missed_steps"] = dict(optimizer.get("missed_steps") or {})
+            for missed in self._of_ranks("missed"):
+                optimizer["missed_steps"].update(missed)
+        return state
 
     def _decoded(self, tree):
         from deepspeed.checkpoint.tree import decode
@@ -99,13 +107,19 @@ class Checkpoint(CheckpointSource):
         tree = found[rank] if isinstance(found, list) and 0 <= rank < len(found) else None
         return self._decoded(tree[key]) if isinstance(tree, dict) and key in tree else None
 
+    def _of_ranks(self, key):
+        """What each rank that has it says of `key`."""
+        found = self.document.get("state", {}).get("ranks", [])
+        said = (self._of_rank(rank, key) for rank in range(len(found) if isinstance(found, list) else 0))
+        return [value for value in said if value]
+
     def random_of(self, rank):
         return self._of_rank(rank, "random")
 
     def slice_parts(self):
         merged = {}
-        for rank in range(len(self.document.get("state", {}).get("ranks", []))):
-            for name, begin, numel, values in self._of_rank(rank, "parts") or []:
+        for parts in self._of_ranks("parts"):
+            for name, begin, numel, values in parts:
                 merged.setdefault(name, []).append((begin, numel, values))
         return merged
 

@@ -24,11 +24,23 @@ def _optimizer_state(engine, holdings):
     if optimizer is None:
         return None
     basic, stepper = optimizer.optimizer, optimizer.stepper
-    name_of = {index: name for name, index in holdings.trained.items()}
     groups = [{"params": names, "values": {k: v for k, v in group.items() if k != "params"}}
               for names, group in zip(holdings.group_names(), basic.param_groups)]
     return {"class": type(basic).__name__, "fused": hasattr(stepper, "native"), "steps": stepper.steps, "skipped_bad": optimizer.skipped_bad,
-            "missed_steps": {name_of[p]: n for p, n in stepper.missed_steps.items()}, "groups": groups}
+            "groups": groups}
+
+
+def _missed(holdings):
+    """{name: updates that passed it over} of the parameters whose first element this rank writes: only who steps a parameter counts it."""
+    if holdings.optimizer is None:
+        return {}
+    missed = holdings.optimizer.stepper.missed_steps
+    found = {}
+    for name, _, segment, _ in holdings.segments():
+        begin, numel = holdings.share_of(holdings.names.parameters[name])
+        if begin == 0 and numel and missed.get(segment.param):
+            found[name] = missed[segment.param]
+    return found
 
 
 def _parts(holdings, whole_here):
@@ -64,7 +76,7 @@ def state_of(engine, holdings, client_state, frozen_excluded):
 
 def rank_state_of(engine, holdings):
     """This rank's own: random generators, and what belongs to its slices alone."""
-    return {"random": random_state.capture(), "parts": _parts(holdings, engine.global_rank == 0)}
+    return {"random": random_state.capture(), "parts": _parts(holdings, engine.global_rank == 0), "missed": _missed(holdings)}
 
 
 def client_state_of(source):

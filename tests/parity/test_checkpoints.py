@@ -190,6 +190,37 @@ def test_another_optimizer_starts_anew_or_takes_over(tmp_path):
         engine.destroy()
 
 
+def late_ones(folder, kind):
+    """Each parameter in turn is off for its own number of updates, so that every rank steps some that are late."""
+    for stage in (0, 1, 3):
+        where = os.path.join(folder, str(stage))
+        cfg = config(stage, optimizer={"type": kind, "params": {"lr": 1e-2}})
+        engine = start(cfg)
+        names = [name for name, p in engine.module.named_parameters() if p.requires_grad and p.numel()]
+        for step in range(len(names)):
+            for number, name in enumerate(names):
+                engine.module.get_parameter(name).requires_grad_(number <= step)
+            train(engine, 1, step)
+        engine.save_checkpoint(where)
+        want = train(engine, 2, 9)
+        final = state(engine)
+        engine.destroy()
+        checkpoint = Checkpoint(os.path.join(where, f"global_step{len(names)}"))
+        counted = {name for name in names if not (kind == "Muon" and checkpoint.tensors.get((name, "momentum_buffer")))}
+        late = {name: number for number, name in enumerate(names) if number and name in counted}
+        assert late and checkpoint.state["optimizer"]["missed_steps"] == late, f"stage {stage}"
+        engine = start(cfg, everything(seed=8))
+        engine.load_checkpoint(where)
+        assert train(engine, 2, 9) == want, f"stage {stage}"
+        assert_same(state(engine), final)
+        engine.destroy()
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+def test_parameters_that_missed_updates_keep_their_own_count(kind, tmp_path):
+    run(late_ones, 2, str(tmp_path), kind)
+
+
 # ---- loading into an engine that has trained, and parts of loads
 
 
