@@ -18,10 +18,22 @@ def _by_device(tensors):
     return groups
 
 
+def _has_gaps(tensor):
+    """Whether the elements are not one piece of memory, in any order of dimensions, as the kernels need it: strided slices, expanded tensors."""
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return False
+    step = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+        if stride != step:
+            return True
+        step *= size
+    return False
+
+
 def _stats(tensors):
     """float64 [2] on the tensors' device: sum of squares, number of elements that are not finite."""
     if has_kernels(tensors[0].device) and all(t.dtype != torch.float64 for t in tensors):
-        return lib().squared_norm(tensors)
+        return lib().squared_norm([t.contiguous() if _has_gaps(t) else t for t in tensors])
     squares = torch.stack([t.double().square().sum() for t in tensors]).sum()
     return torch.stack([squares, torch.stack([(~torch.isfinite(t)).sum() for t in tensors]).sum().double()])
 
@@ -30,7 +42,8 @@ def _stats(tensors):
 def squared_norm(tensors):
     """(sum of squares of all elements, number of elements that are inf or NaN): float64 scalars on the device of the first tensor.
 
-    `tensors`: float32, bfloat16 or float16, of any shapes, dense; on several devices if need be. An empty list gives zeros on the CPU.
+    `tensors`: float32, bfloat16 or float16, of any shapes, on several devices if need be; not sparse. Those with gaps
+    (strided slices, expanded tensors) are copied. An empty list gives zeros on the CPU.
     """
     tensors = [t.detach() for t in tensors]
     if not tensors:
@@ -66,7 +79,10 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
     for device, group in _by_device(grads).items():
         local = factor.to(device, non_blocking=True)
         if has_kernels(device) and all(g.dtype != torch.float64 for g in group):
-            lib().scale_tensors(group, local)
+            in_pieces = [(g, g.contiguous()) for g in group if _has_gaps(g)]
+            lib().scale_tensors([g for g in group if not _has_gaps(g)] + [copy for _, copy in in_pieces], local)
+            for g, copy in in_pieces:
+                g.copy_(copy)
         else:
             for g in group:
                 g.mul_(local.to(g.dtype))

@@ -63,6 +63,47 @@ def test_clipping_as_torch(dtype, max_norm):
         assert factor < 1 or torch.equal(p.grad, e.grad)
 
 
+VIEWS = {
+    "columns": lambda t: t[:, ::2], "rows": lambda t: t[1:3], "transposed": lambda t: t.t(), "part transposed": lambda t: t[:, 1:5].t(),
+    "one column": lambda t: t[:, 3], "permuted": lambda t: t.view(2, 2, 12).permute(2, 0, 1), "one element": lambda t: t[1:2, 1:2],
+    "empty": lambda t: t[:, :0:2], "flipped strides": lambda t: t.as_strided((3, 2), (2, 7)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strided_gradients_are_clipped_to_the_bits_of_contiguous_ones(view, dtype):
+    torch.manual_seed(0)
+    whole = torch.randn(4, 12).to(dtype)
+    before = whole.clone()
+    strided, plain, beside = VIEWS[view](whole), VIEWS[view](whole).clone(memory_format=torch.contiguous_format), torch.randn(7).to(dtype)
+    params = []
+    for grads in ((strided, beside.clone()), (plain, beside.clone())):
+        params.append([torch.nn.Parameter(torch.zeros_like(g)) for g in grads])
+        for p, g in zip(params[-1], grads):
+            p.grad = g
+    assert params[0][0].grad.data_ptr() == strided.data_ptr()
+    exact = torch.cat([plain.double().view(-1), beside.double()]).square().sum()
+    assert abs(squared_norm([strided, beside])[0] - exact) <= exact * 2.0**-40
+    norm, other = (clip_grad_norm_(ps, 0.25) for ps in params)
+    assert abs(norm - exact.sqrt()) <= exact * 2.0**-40 and abs(norm - other) <= exact * 2.0**-40
+    for p, q in zip(*params):
+        assert torch.equal(p.grad, q.grad)
+    VIEWS[view](before).copy_(plain)
+    assert torch.equal(whole, before)  # nothing between its elements was written
+    assert abs(grad_norm(params[0]) - 0.25) < 0.25 * (1e-5 + torch.finfo(dtype).eps)
+
+
+def test_gradients_that_share_elements():
+    shared = torch.nn.Parameter(torch.zeros(3, 4))
+    shared.grad = torch.full((3, 1), 2.0).expand(3, 4)
+    assert squared_norm([shared.grad])[0] == 48 and grad_norm(shared) == 48**0.5
+    for clip in (clip_grad_norm_, torch.nn.utils.clip_grad_norm_):  # no element can be scaled alone
+        with pytest.raises(RuntimeError, match="refers to a single memory location"):
+            clip(shared, 1.0)
+    assert torch.equal(shared.grad, torch.full((3, 4), 2.0))
+
+
 def test_norms_that_are_not_finite():
     params = with_gradients(tensors(torch.float32))
     params[0].grad[0] = float("nan")
@@ -90,10 +131,10 @@ def test_bad_input_is_named():
         clip_grad_norm_(p, -1.0)
     with pytest.raises(ValueError, match=r"tensors\[1\]: dtype must be float32, bfloat16 or float16, not Int"):
         squared_norm([torch.ones(2), torch.ones(2, dtype=torch.int32)])
-    with pytest.raises(ValueError, match=r"tensors\[0\] overlaps itself or has gaps"):
-        squared_norm([torch.ones(8)[::2]])
     with pytest.raises(ValueError, match=r"tensors\[0\]: sparse"):
         squared_norm([torch.ones(8).to_sparse()])
     from deepspeed._native import lib
+    with pytest.raises(ValueError, match=r"tensors\[0\] overlaps itself or has gaps"):
+        lib().squared_norm([torch.ones(8)[::2]])
     with pytest.raises(ValueError, match="factor must be one float64"):
         lib().scale_tensors([torch.ones(2)], torch.ones(1))
