@@ -7,6 +7,7 @@ import torch
 
 import deepspeed
 from deepspeed.ops import replace_modules, restore_modules
+from tests.parity.launch import on_ranks
 
 D = 48
 
@@ -198,6 +199,7 @@ def test_models_without_values():
     assert len(replace_modules(body).replaced) == 2
 
 
+@on_ranks(2)
 def test_under_an_engine():
     torch.manual_seed(0)
     model = Model()
