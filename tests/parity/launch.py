@@ -270,7 +270,8 @@ class Pool:
 
     def _fail(self, bad, silent, reports):
         __tracebackhide__ = True
-        first = min(bad, key=lambda rank: bad[rank][0])
+        # A signal is never the consequence of another rank's exception, but is noticed late: when the process is gone.
+        first = min(bad, key=lambda rank: (not bad[rank][1].startswith("was killed by"), bad[rank][0]))
         text = f"rank {first} of {self.world_size} {bad[first][1]}"
         for rank in sorted(set(bad) - {first}):
             last_line = bad[rank][1].strip().splitlines()[-1]
