@@ -4,12 +4,18 @@
 Note [Ranks without collectives]: the training thread owns the process groups, so the threads that write tell each other through the
 rendezvous store: each rank puts there what it wrote, rank 0 (the others that lead a node) commits and puts there how it went, and
 leaves only when everyone has read that.
+
+Note [The end of the process]: a save may outlive the engine that began it, so those under way are held here, and so are those whose
+error nobody has seen. At exit they are waited for; once the main thread is through, no rank waits longer than _PATIENCE_S for another,
+which may have been killed. An exception at exit would change nothing, so an error is logged and the exit status becomes 1.
 """
 import atexit
+import logging
+import os
 import pickle
+import sys
 import threading
 import time
-import weakref
 
 import torch.distributed as dist
 
@@ -20,6 +26,9 @@ from deepspeed.telemetry import logger
 
 _TURNS_S = (0.01, 0.5)
 _GOODBYE_S = 30.0
+_PATIENCE_S = 600.0
+_unfinished = set()      # see the Note
+_ended_at = []           # when the main thread was through
 
 
 class _Board:
@@ -42,9 +51,31 @@ class _Board:
             return self._own[key]
         turn_s = _TURNS_S[0]
         while not self.store.check([key]):
+            if _ended_at and time.monotonic() - _ended_at[0] > _PATIENCE_S:
+                raise TimeoutError(f"no word ({key}) from another rank for {_PATIENCE_S:.0f} s after the end of training")
             time.sleep(turn_s)
             turn_s = min(turn_s * 2, _TURNS_S[1])
         return pickle.loads(self.store.get(key))
+
+    def goodbye(self, rank):
+        """The checkpoint stands or not, whatever goes wrong here. Rank 0 stays until everyone has read how it went, since the store may
+        live in its process, and leaves no keys."""
+        if self.store is None:
+            return
+        try:
+            if rank != 0:
+                self.store.set(f"read/{rank}", b"")
+                return
+            keys = [f"read/{other}" for other in range(1, self.ranks.size)]
+            deadline = time.monotonic() + _GOODBYE_S
+            while not self.store.check(keys):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_TURNS_S[0])
+            for key in [*keys, *(f"wrote/{other}" for other in range(self.ranks.size)), "outcome"]:
+                self.store.delete_key(key)
+        except RuntimeError as error:
+            logger.debug(f"checkpoint: the store has gone: {error}")
 
 
 class BackgroundSave:
@@ -62,6 +93,7 @@ class BackgroundSave:
             raise
         self._board = _Board(ranks, self.saving.nonce)
         self._thread = threading.Thread(target=self._run, name="deepspeed-checkpoint-writer", daemon=True)
+        _unfinished.add(self)
         self._thread.start()
 
     @staticmethod
@@ -79,6 +111,9 @@ class BackgroundSave:
             self._write()
         except BaseException as error:
             self.error = f"{type(error).__name__}: {error}"
+        self.saving.mine.files.clear()   # the copies
+        if self.error is None:
+            _unfinished.discard(self)
 
     def _write(self):
         rank, board, saving = self.ranks.rank, self._board, self.saving
@@ -96,33 +131,24 @@ class BackgroundSave:
             saving.mine.remember(saving.target)
         elif rank != 0:
             saving.discard()
-        board.put(f"read/{rank}", True)
-        if rank == 0 and self.ranks.size > 1:
-            self._wait_for_readers()
+        board.goodbye(rank)
 
     def _conclude(self):
         """By rank 0: the manifest and the rename, or the reason why not."""
         saving, error, text = self.saving, None, None
-        words = [self._board.get(f"wrote/{rank}") for rank in range(self.ranks.size)]
-        failed = [rank for rank, (problem, _) in enumerate(words) if problem is not None]
-        if failed:
-            error = f"saving to {saving.target} failed on rank {failed[0]}: {words[failed[0]][0]}"
-        else:
-            try:
+        try:
+            words = [self._board.get(f"wrote/{rank}") for rank in range(self.ranks.size)]
+            failed = [rank for rank, (problem, _) in enumerate(words) if problem is not None]
+            if failed:
+                error = f"saving to {saving.target} failed on rank {failed[0]}: {words[failed[0]][0]}"
+            else:
                 text = saving.text_of([word[0] for _, word in words], [word[1] for _, word in words])
                 saving.commit(text)
-            except Exception as problem:
-                error = f"saving to {saving.target} failed: {type(problem).__name__}: {problem}"
+        except Exception as problem:
+            error = f"saving to {saving.target} failed: {type(problem).__name__}: {problem}"
         if error is not None:
             saving.discard()
         self._board.put("outcome", (error, text if saving.request.node_local else None))
-
-    def _wait_for_readers(self):
-        """The store may live in this process."""
-        deadline = time.monotonic() + _GOODBYE_S
-        keys = [f"read/{rank}" for rank in range(1, self.ranks.size)]
-        while time.monotonic() < deadline and not self._board.store.check(keys):
-            time.sleep(_TURNS_S[0])
 
     @property
     def done(self):
@@ -132,6 +158,12 @@ class BackgroundSave:
     def join(self):
         self._thread.join()
 
+    def outcome(self):
+        """Raises what went wrong; whoever calls this has been told."""
+        _unfinished.discard(self)
+        if self.error is not None:
+            raise CheckpointError(self.error)
+
 
 class BackgroundSaver:
     """At most one save under way; it ends before another save or a load begins, and before the process does."""
@@ -139,7 +171,6 @@ class BackgroundSaver:
     def __init__(self):
         self.snapshot = Snapshot()
         self.current = None
-        atexit.register(_finish_at_exit, weakref.ref(self))
 
     def start(self, request, ranks, frozen):
         """Collective. Returns when the values of now are copied."""
@@ -157,25 +188,27 @@ class BackgroundSaver:
         save, self.current = self.current, None
         if save is not None:
             ranks.together(save.join, "waiting for the save under way")
-            ranks.attempt(lambda: _raise(save.error), "the save before this call")
+            ranks.attempt(save.outcome, "the save before this call")
 
-    def finish_alone(self):
-        """Without the other ranks; returns the error."""
-        save, self.current = self.current, None
-        if save is None:
-            return None
+
+def _finish_at_exit():
+    """Without the other ranks."""
+    _ended_at.append(time.monotonic())
+    errors = []
+    for save in list(_unfinished):
         save.join()
-        return save.error
+        if save.error is not None:
+            errors.append(save.error)
+            logger.error(f"the last checkpoint was not written: {save.error}")
+    if errors:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):
+                pass
+        os._exit(1)
 
 
-def _raise(error):
-    if error is not None:
-        raise CheckpointError(error)
-
-
-def _finish_at_exit(reference):
-    saver = reference()
-    error = saver.finish_alone() if saver is not None else None
-    if error is not None:
-        logger.error(f"the last checkpoint was not written: {error}")
-        raise CheckpointError(error)
+atexit.register(_finish_at_exit)
+os.register_at_fork(after_in_child=_unfinished.clear)   # the threads stay with the parent
