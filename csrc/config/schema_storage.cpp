@@ -28,7 +28,8 @@ std::vector<Key> storage_keys() {
                   .ignoring_case(),
               boolean("load_universal", false, "The file latest_universal counts before latest; any checkpoint can be loaded by any "
                                                "number of ranks without it"),
-              boolean("use_node_local_storage", false, "Each node keeps its own files, with a manifest of its own"),
+              boolean("use_node_local_storage", false, "Without effect on one node; a save on several is refused, since their files "
+                                                       "could not be loaded"),
               integer("keep_last", 0, "Checkpoints that stay in a folder; older ones are removed after a save. 0: all").at_least(0),
               object("parallel_write", "Who writes",
                      {boolean("pipeline_stage", false, "Data-parallel ranks share the layers").strict_bool().accepted()}),

@@ -2,8 +2,8 @@
 """A save that goes on while training does.
 
 Note [Ranks without collectives]: the training thread owns the process groups, so the threads that write tell each other through the
-rendezvous store: each rank puts there what it wrote, rank 0 (the others that lead a node) commits and puts there how it went, and
-leaves only when everyone has read that.
+rendezvous store: each rank puts there what it wrote, rank 0 commits and puts there how it went, and leaves only when everyone has
+read that.
 
 Note [The end of the process]: a save may outlive the engine that began it, so those under way are held here, and so are those whose
 error nobody has seen. At exit they are waited for; once the main thread is through, no rank waits longer than _PATIENCE_S for another,
@@ -124,31 +124,26 @@ class BackgroundSave:
         board.put(f"wrote/{rank}", word)
         if rank == 0:
             self._conclude()
-        self.error, text = board.get("outcome")
-        if text is not None and saving.leads and rank != 0:
-            saving.commit(text)
+        self.error = board.get("outcome")
         if self.error is None:
             saving.mine.remember(saving.target)
-        elif rank != 0:
-            saving.discard()
         board.goodbye(rank)
 
     def _conclude(self):
         """By rank 0: the manifest and the rename, or the reason why not."""
-        saving, error, text = self.saving, None, None
+        saving, error = self.saving, None
         try:
             words = [self._board.get(f"wrote/{rank}") for rank in range(self.ranks.size)]
             failed = [rank for rank, (problem, _) in enumerate(words) if problem is not None]
             if failed:
                 error = f"saving to {saving.target} failed on rank {failed[0]}: {words[failed[0]][0]}"
             else:
-                text = saving.text_of([word[0] for _, word in words], [word[1] for _, word in words])
-                saving.commit(text)
+                saving.commit(saving.text_of([word[0] for _, word in words], [word[1] for _, word in words]))
         except Exception as problem:
             error = f"saving to {saving.target} failed: {type(problem).__name__}: {problem}"
         if error is not None:
             saving.discard()
-        self._board.put("outcome", (error, text if saving.request.node_local else None))
+        self._board.put("outcome", error)
 
     @property
     def done(self):

@@ -3,13 +3,19 @@
 
 Note [A save on disk]: a checkpoint is written into save_dir/.<tag>.part-<nonce>, made durable, and renamed. While its writer lives it
 holds a lock on save_dir/.<tag>.part-<nonce>.lock, which is made before the folder and removed after the rename; so a folder without
-a locked lock is the rest of a dead run, and the next save removes it. When a checkpoint is removed its manifest goes first.
+a locked lock is the rest of a dead run, and the next save removes it; unless it has its manifest, which is written last, and nothing
+bears its tag: then its writer was killed around the rename, and it gets its name. When a checkpoint is removed its manifest goes first.
+
+Note [Locks of one process]: a process's own lock does not hinder it, and is lost when it closes any handle of the file. So a process
+knows its locks, by device and inode, since one folder has many paths.
 """
+import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
+import threading
 import time
 
 from deepspeed._native import core
@@ -21,7 +27,9 @@ LATEST = "latest"
 _PART = re.compile(r"\.(?P<tag>.+)\.part-[0-9a-f]{16}")
 _LOCK_SUFFIX = ".lock"
 _UNLOCKABLE_AGE_S = 24 * 3600   # where the file system has no locks
-_ours = set()                   # locks of this process, which would not hinder itself
+_LOCK_TRIES, _LOCK_TURN_S = 50, 0.02
+_ours = set()                   # see the Note
+_guard = threading.Lock()       # of _ours and its files' handles
 
 
 def nonce():
@@ -41,8 +49,9 @@ def sync_folder(path):
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
-    except OSError:   # some network file systems have no such thing
-        pass
+    except OSError as error:   # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -95,30 +104,64 @@ class Lock:
     """Says that the writer of a part lives."""
 
     def __init__(self, path):
-        self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _ours.add(path)
+        self.path, self._file = path, None
+        for _ in range(_LOCK_TRIES):
+            with _guard:
+                if self._take():
+                    return
+            time.sleep(_LOCK_TURN_S)
+        raise CheckpointError(f"{path}: another process holds this lock")
+
+    def _take(self):
+        """False when somebody looks at the new file at this moment, or has removed it as a dead one's."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._identity = _identity(os.fstat(file))
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = _exists_as(self.path, self._identity)
+        except (BlockingIOError, PermissionError):
+            held = False
         except OSError:
-            pass   # no locks here: age decides
+            held = True   # no locks here: age decides
+        if held:
+            self._file = file
+            _ours.add(self._identity)
+        else:
+            os.close(file)
+        return held
 
     def release(self):
         if self._file is not None:
-            try:
-                os.unlink(self.path)
-            except OSError:
-                pass
-            os.close(self._file)
-            self._file = None
-            _ours.discard(self.path)
+            with _guard:
+                try:
+                    os.unlink(self.path)
+                except OSError:
+                    pass
+                _ours.discard(self._identity)
+                os.close(self._file)
+                self._file = None
+
+
+def _identity(status):
+    return status.st_dev, status.st_ino
+
+
+def _exists_as(path, identity):
+    try:
+        return _identity(os.stat(path)) == identity
+    except FileNotFoundError:
+        return False
 
 
 def _is_dead(part):
-    lock = part + _LOCK_SUFFIX
-    if lock in _ours:
-        return False
+    with _guard:
+        return _is_unlocked(part + _LOCK_SUFFIX)
+
+
+def _is_unlocked(lock):
     try:
+        if _identity(os.stat(lock)) in _ours:
+            return False
         handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
@@ -136,12 +179,14 @@ def _is_dead(part):
 
 
 def remove_dead_parts(folder):
-    """What killed saves have left in a folder."""
+    """What killed saves have left in a folder; see the Note [A save on disk]."""
+    dead = []
     for entry in list(os.scandir(folder)) if os.path.isdir(folder) else ():
         name = entry.name.removesuffix(_LOCK_SUFFIX)
-        if not _PART.fullmatch(name) or not _is_dead(os.path.join(folder, name)):
-            continue
-        path = os.path.join(folder, name)
+        if _PART.fullmatch(name) and _is_dead(os.path.join(folder, name)):
+            dead.append(os.path.join(folder, name))
+    _finish_renames(dead)
+    for path in dead:
         if os.path.isdir(path):
             logger.info(f"checkpoint: {path}, left by a save that was killed, is removed")
             remove_checkpoint(path)
@@ -149,6 +194,30 @@ def remove_dead_parts(folder):
             os.unlink(path)
         if os.path.exists(path + _LOCK_SUFFIX) and not os.path.exists(path):
             os.unlink(path + _LOCK_SUFFIX)
+
+
+def _finish_renames(dead):
+    """Of the whole ones whose tag nothing bears the newest gets its name."""
+    newest = {}
+    for path in sorted(set(dead)):
+        folder, name = os.path.split(path)
+        target = os.path.join(folder, _PART.fullmatch(name)["tag"])
+        if os.path.lexists(target) or not manifest.is_checkpoint(path):
+            continue
+        try:
+            found = manifest.Checkpoint(path)
+            found.check()
+        except CheckpointError:
+            continue
+        if target not in newest or found.about("saved_at", 0.0) > newest[target].about("saved_at", 0.0):
+            newest[target] = found
+    for target, found in newest.items():
+        try:
+            os.rename(found.path, target)
+            sync_folder(os.path.dirname(target))
+            logger.warning(f"checkpoint: {target} was whole when its save was killed, and has its name now")
+        except OSError as error:   # another process does the same
+            logger.warning(f"checkpoint: {found.path}: {error}")
 
 
 class PartFolder:

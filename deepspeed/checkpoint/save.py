@@ -24,6 +24,7 @@ import runpy
 
 runpy.run_module("deepspeed.utils.{name}", run_name="__main__")
 '''
+_SHARED = "save_dir must be a folder that all nodes share"
 _SCRIPTS = {f"{name}.py": _SCRIPT.format(name=name, what=what) for name, what in (("zero_to_fp32", "in fp32"), ("zero_to_torch", "in a dtype of choice"))}
 
 
@@ -38,7 +39,7 @@ class SaveRequest:
     aliases: dict
     save_latest: bool = True
     tag_validation: str = "warn"
-    node_local: bool = False      # every node has a save_dir of its own
+    node_local: bool = False      # every node would have a save_dir of its own
     local_rank: int = 0
     keep_last: int = 0            # 0: all
     say_speed: bool = False
@@ -46,11 +47,43 @@ class SaveRequest:
 
 
 class FrozenFile:
-    """The file of frozen weights this process has written last: linked, not written, while its contents stay the same."""
+    """The file of frozen weights in the last checkpoint of this process: linked, not written, while its contents stay the same."""
 
     def __init__(self):
-        self.path = None
-        self.written = None    # (bytes, sums)
+        self._path = self._written = self._identity = None
+
+    def remember(self, path, written):
+        """written: (bytes, sums). A file that another has replaced since is not taken for this one."""
+        self._path = None
+        try:
+            self._identity = _identity(path)
+        except OSError:
+            return
+        self._path, self._written = path, written
+
+    def stands(self):
+        try:
+            return self._path is not None and _identity(self._path) == self._identity
+        except OSError:
+            return False
+
+    def link(self, path, written):
+        """Whether `path` is that file now."""
+        if self._path is None or written != self._written:
+            return False
+        try:
+            os.link(self._path, path)
+        except OSError:   # no hard links here, or another file system
+            return False
+        if _identity(path) == self._identity:
+            return True
+        os.unlink(path)
+        return False
+
+
+def _identity(path):
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def stored_form(piece):
@@ -89,7 +122,7 @@ class RankFiles:
         # Widest elements first keeps every piece aligned to its own.
         self.files = {name: sorted(pieces, key=lambda p: -p.data.element_size())
                       for name, pieces in (("state" + suffix, moving), ("frozen" + suffix, still)) if pieces}
-        self._frozen_name = "frozen" + suffix
+        self._frozen_name, self._frozen_written = "frozen" + suffix, None
 
     def _put(self, tensor, path):
         name = f"rank{self.ranks.rank}/{len(self._objects)}/{path[:120]}"
@@ -99,7 +132,7 @@ class RankFiles:
     def bytes_needed(self):
         total = 0
         for name, pieces in self.files.items():
-            if name == self._frozen_name and self.frozen.path is not None:
+            if name == self._frozen_name and self.frozen.stands():
                 continue
             total += _OVERHEAD_BYTES + sum(_ENTRY_BYTES + p.data.numel() * p.data.element_size() for p in pieces)
         return total
@@ -118,23 +151,19 @@ class RankFiles:
         return files, rows
 
     def _link_or_write(self, path, pieces):
-        last = self.frozen
-        if last.path is not None and os.path.exists(last.path):
+        if self.frozen.stands():
             size, sums, offsets = stream("", pieces)
-            if (size, sums) == last.written:
-                try:
-                    os.link(last.path, path)
-                    return size, sums, offsets
-                except OSError:   # no hard links here, or another file system
-                    pass
+            self._frozen_written = (size, sums)
+            if self.frozen.link(path, self._frozen_written):
+                return size, sums, offsets
         size, sums, offsets = stream(path, pieces)
-        last.written = (size, sums)
+        self._frozen_written = (size, sums)
         return size, sums, offsets
 
     def remember(self, folder):
         """The checkpoint is in place."""
-        if self._frozen_name in self.files:
-            self.frozen.path = os.path.join(folder, self._frozen_name)
+        if self._frozen_written is not None:
+            self.frozen.remember(os.path.join(folder, self._frozen_name), self._frozen_written)
 
 
 def entries_of(pieces):
@@ -185,7 +214,7 @@ class Saving:
     def __init__(self, request, ranks, frozen):
         self.request, self.ranks = request, ranks
         self.target = folders.target_of(request.save_dir, request.tag)
-        self.leads = ranks.rank == 0 or (request.node_local and request.local_rank == 0)
+        self.leads = ranks.rank == 0
         self.mine = ranks.attempt(lambda: RankFiles(request, ranks, frozen), "collecting what is to be saved")
         self.part = self.nonce = None
         self.started = time.time()
@@ -197,8 +226,10 @@ class Saving:
         self._validate_tags([tag for tag, *_ in everyone])
         self.nonce = everyone[0][1]
         self.part = folders.PartFolder(self.target, self.nonce)
-        here = everyone[ranks.rank][2]
-        needed = sum(need for _, _, host, need in everyone if host == here or not request.node_local)
+        if request.node_local and len({host for _, _, host, _ in everyone}) > 1:
+            raise CheckpointError("checkpoint.use_node_local_storage: what each of several nodes keeps for itself cannot be loaded; set it "
+                                  f"to false: {_SHARED}")
+        needed = sum(need for *_, need in everyone)
         try:
             ranks.attempt(lambda: self._open(needed) if self.leads else None, f"saving to {self.target}")
         except CheckpointError:
@@ -223,7 +254,8 @@ class Saving:
             raise CheckpointError(f"{self.request.save_dir}: the checkpoint needs {needed / 2**20:.1f} MiB, free are {free / 2**20:.1f} MiB")
 
     def write(self):
-        os.makedirs(self.part.path, exist_ok=True)
+        if not os.path.isdir(self.part.path):
+            raise CheckpointError(f"{self.part.path} was made by rank 0 and is not there for rank {self.ranks.rank}: {_SHARED}")
         began = time.perf_counter()
         files, rows = self.mine.write(self.part.path)
         if self.request.say_speed:
@@ -242,15 +274,27 @@ class Saving:
         return text
 
     def commit(self, text):
-        """By those who lead: the manifest, the rename, `latest`."""
-        folders.write_file(os.path.join(self.part.path, manifest.NAME), text)
+        """By the one that leads: the manifest, the rename, `latest`. With the rename the checkpoint stands."""
+        where = os.path.join(self.part.path, manifest.NAME)
+        folders.write_file(where, text)
+        try:
+            manifest.Checkpoint(self.part.path).check()
+        except CheckpointError as error:
+            os.unlink(where)
+            raise CheckpointError(f"{error}; {_SHARED}") from error
         self.part.commit()
         if self.request.save_latest:
-            folders.replace_file(os.path.join(self.request.save_dir, folders.LATEST),
-                                 os.path.relpath(self.target, self.request.save_dir).encode())
-        self._leave_scripts()
-        if self.request.keep_last:
-            keep_newest(self.request.save_dir, self.request.keep_last, self.target)
+            try:
+                folders.replace_file(os.path.join(self.request.save_dir, folders.LATEST),
+                                     os.path.relpath(self.target, self.request.save_dir).encode())
+            except OSError as error:
+                raise CheckpointError(f"the checkpoint is whole, but `{folders.LATEST}` does not name it: {error}") from error
+        try:
+            self._leave_scripts()
+            if self.request.keep_last:
+                keep_newest(self.request.save_dir, self.request.keep_last, self.target)
+        except OSError as error:
+            logger.warning(f"checkpoint {self.target} is whole; what follows a save went wrong: {error}")
 
     def _leave_scripts(self):
         for name, text in _SCRIPTS.items():
@@ -278,8 +322,6 @@ def save(request, ranks, frozen):
         report = ranks.together(saving.write, what)
         reports = ranks.gather_first((report, saving.mine.rank_tree))
         text = ranks.attempt(lambda: saving.text_of([r for r, _ in reports], [t for _, t in reports]) if ranks.rank == 0 else None, what)
-        if request.node_local:
-            text = ranks.from_first(text)
         ranks.attempt(lambda: saving.commit(text) if saving.leads else None, what)
     except CheckpointError:
         saving.discard()
@@ -289,12 +331,26 @@ def save(request, ranks, frozen):
 
 
 def keep_newest(save_dir, count, spared):
-    """Removes older checkpoints of save_dir until `count` are left. Those saved with save_latest=False are the caller's to keep."""
-    ours = [c for c in folders.complete_checkpoints(save_dir) if c.about("save_latest")]
-    latest = folders.read_latest(save_dir)
-    for old in ours[count:]:
+    """Removes older checkpoints of save_dir until `count` are left. Those saved with save_latest=False are the caller's to keep; one
+    whose files are missing or truncated does not count."""
+    latest, good = folders.read_latest(save_dir), 0
+    for old in folders.complete_checkpoints(save_dir):
+        if not old.about("save_latest"):
+            continue
+        if good < count:
+            good += _is_whole(old)
+            continue
         if os.path.realpath(old.path) == os.path.realpath(spared) or os.path.basename(old.path) == latest:
             continue
         part = folders.PartFolder(old.path, folders.nonce())
         os.rename(old.path, part.path)   # from here on it is no checkpoint, however far the removal comes
         folders.remove_checkpoint(part.path)
+
+
+def _is_whole(checkpoint):
+    try:
+        checkpoint.check()
+    except CheckpointError as error:
+        logger.warning(f"checkpoint: {error}; keep_last does not count this one")
+        return False
+    return True

@@ -2,12 +2,13 @@
 """Training that goes on from a checkpoint is the training that was not interrupted, at any stage and on any number of ranks."""
 import json
 import os
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from deepspeed.checkpoint import Checkpoint, CheckpointError
+from deepspeed.checkpoint import Checkpoint, CheckpointError, save
 from tests.parity.everything import assert_same, config, everything, rows, start, state, train
 from tests.parity.launch import on_ranks, run
 
@@ -405,14 +406,22 @@ def test_a_save_in_the_background_holds_the_values_of_the_call(tmp_path):
         cfg = config(stage, "bf16", checkpoint={"writer": {"decoupled": True}, "keep_last": 2})
         engine = start(cfg)
         train(engine, 2)
+        want, written, may_write = [state(engine)], save.stream, threading.Event()
+        save.stream = lambda *args: may_write.wait(60) and written(*args)
+        try:
+            engine.save_checkpoint(folder, tag="first", save_latest=False)
+            train(engine, 2, 2)             # changes the values before they are written
+            want.append(state(engine))
+            assert not engine._background_saver.current.done
+        finally:
+            may_write.set()
+            engine._finish_save()
+            save.stream = written
         engine.save_checkpoint(folder)
-        want = state(engine)
-        losses = train(engine, 2, 2)        # changes the values while they are written
-        engine.save_checkpoint(folder)      # waits for the first
         train(engine, 1, 4)
         engine.save_checkpoint(folder)
         engine.destroy()                    # waits too
-        assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["global_step4", "global_step5"]
+        assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["first", "global_step4", "global_step5"]
         engine = start(cfg, everything(seed=5))
         engine.load_checkpoint(folder)
         assert engine.global_steps == 5
@@ -421,8 +430,10 @@ def test_a_save_in_the_background_holds_the_values_of_the_call(tmp_path):
         assert (folder / "kept").is_dir()
         engine.destroy()
         engine = start(config(stage, "bf16", checkpoint={"writer": {"decoupled": True}}), everything(seed=5))
-        engine.load_checkpoint(folder, tag="global_step4")
-        assert engine.global_steps == 4 and len(losses) == 2 and want.keys() == state(engine).keys()
+        for tag, steps, values in zip(("first", "global_step4"), (2, 4), want):
+            engine.load_checkpoint(folder, tag=tag)
+            assert engine.global_steps == steps
+            assert_same(state(engine), values)
         engine.destroy()
 
 
@@ -434,7 +445,6 @@ def test_what_fails_in_the_background_is_raised_by_a_later_step_on_every_rank(tm
     engine.save_checkpoint(tmp_path, tag="good")
     engine._finish_save()
     if dist.get_rank() == 1:   # this rank cannot write
-        from deepspeed.checkpoint import save
         broken, save.stream = save.stream, _no_space
     engine.save_checkpoint(tmp_path, tag="bad")
     with pytest.raises(CheckpointError, match="failed on rank 1: .*No space"):
