@@ -4,7 +4,7 @@ import os
 
 from deepspeed.checkpoint import folders, manifest
 from deepspeed.checkpoint.foreign.folder import is_foreign
-from deepspeed.checkpoint.source import CheckpointError
+from deepspeed.checkpoint.source import CheckpointError, DamageError
 from deepspeed.telemetry import logger
 
 
@@ -40,8 +40,9 @@ def candidates(load_dir, tag=None, names=(folders.LATEST,)):
 
 
 def load_best(found, explicit, attempt):
-    """attempt(folder) for one candidate after the other until one succeeds; its result.
+    """attempt(folder) for one candidate after the other until one is whole; its result.
 
+    Only damage leads to the next one: what does not fit the model, or fails for want of memory, must not become an older checkpoint.
     With a tag asked for there is only that one, and its error is raised. CheckpointError when none is good.
     """
     reasons = []
@@ -49,7 +50,7 @@ def load_best(found, explicit, attempt):
         try:
             result = attempt(folder)
         except CheckpointError as error:
-            if explicit or number + 1 == len(found):
+            if explicit or number + 1 == len(found) or not isinstance(error, DamageError):
                 if not reasons:
                     raise
                 raise CheckpointError("no checkpoint could be loaded:\n  " + "\n  ".join([*reasons, str(error)])) from error

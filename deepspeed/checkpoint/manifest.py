@@ -8,7 +8,7 @@ import struct
 
 from deepspeed._native import core
 from deepspeed.checkpoint import dtypes
-from deepspeed.checkpoint.source import CheckpointError, CheckpointSource, TensorInfo
+from deepspeed.checkpoint.source import CheckpointError, CheckpointSource, DamageError, TensorInfo, file_error
 
 NAME = "manifest.json"
 FORMAT = "deepspeed-checkpoint"
@@ -40,14 +40,14 @@ def manifest_text(files, tensors, aliases, state, about):
 def _read_text(path):
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size > _LARGEST_BYTES:
-            raise CheckpointError(f"{path} is too large for a manifest")
+            raise DamageError(f"{path} is too large for a manifest")
         return file.read()
 
 
 class Checkpoint(CheckpointSource):
     """A checkpoint of ours, opened: its manifest is read and checked, data is read (and its checksums checked) when asked for.
 
-    Raises CheckpointError, naming the file, when the manifest is missing, torn, damaged or contradicts itself.
+    Raises DamageError, naming the file, when the manifest is missing, torn, damaged or contradicts itself.
     """
 
     def __init__(self, folder):
@@ -58,9 +58,11 @@ class Checkpoint(CheckpointSource):
             self._native = core().CheckpointManifest(text)
             self.document = json.loads(text)
         except OSError as error:
-            raise CheckpointError(f"{self.path} is no checkpoint: {where}: {error.strerror}") from error
+            raise file_error(error, f"{self.path} is no checkpoint: {where}: {error.strerror}") from error
+        except DamageError:
+            raise
         except (RuntimeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{where}: {error}") from error
+            raise DamageError(f"{where}: {error}") from error
         self.files = {name: (size, sums) for name, size, sums in self._native.files}
         self._names = list(self.files)
         rows = self._native.tensors
@@ -75,10 +77,10 @@ class Checkpoint(CheckpointSource):
     def _checked_aliases(self, where):
         aliases, names = self.document.get("aliases", {}), {name for name, _ in self.tensors}
         if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
-            raise CheckpointError(f"{where}: aliases is no table of names")
+            raise DamageError(f"{where}: aliases is no table of names")
         for alias, name in aliases.items():
             if alias in names or name not in names:
-                raise CheckpointError(f"{where}: alias '{alias}' of '{name}' does not fit the tensors")
+                raise DamageError(f"{where}: alias '{alias}' of '{name}' does not fit the tensors")
         return aliases
 
     @functools.cached_property
@@ -164,9 +166,9 @@ class Checkpoint(CheckpointSource):
             try:
                 found = os.stat(path).st_size
             except OSError as error:
-                raise CheckpointError(f"{path}: {error.strerror}") from error
+                raise file_error(error, f"{path}: {error.strerror}") from error
             if found != size:
-                raise CheckpointError(f"{path} has {found} bytes, {size} were written: it was truncated or replaced")
+                raise DamageError(f"{path} has {found} bytes, {size} were written: it was truncated or replaced")
 
     def verify(self):
         problems = []
@@ -190,7 +192,7 @@ class Checkpoint(CheckpointSource):
                 stored = info.dtype if info.dtype in dtypes.IN_FILES else "U8"
                 count = numel if stored == info.dtype else numel * dtypes.item_bytes(info.dtype)
                 if listed.get(entry) != (stored, [count]):
-                    raise CheckpointError(f"{path}: the manifest names {entry} of {count} {stored}, the file's header has {listed.get(entry)}")
+                    raise DamageError(f"{path}: the manifest names {entry} of {count} {stored}, the file's header has {listed.get(entry)}")
 
 
 class _naming:
@@ -206,6 +208,6 @@ class _naming:
         if kind is None or isinstance(error, CheckpointError):
             return False
         if isinstance(error, (OSError, RuntimeError)):
-            text = str(error)
-            raise CheckpointError(text if self.path in text else f"{self.path}: {text}") from error
+            text = str(error) if self.path in str(error) else f"{self.path}: {error}"
+            raise (file_error(error, text) if isinstance(error, OSError) else DamageError(text)) from error
         return False

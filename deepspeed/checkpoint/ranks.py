@@ -8,7 +8,7 @@ import threading
 
 import torch.distributed as dist
 
-from deepspeed.checkpoint.source import CheckpointError
+from deepspeed.checkpoint.source import CheckpointError, DamageError
 
 _FIRST_TURN_S, _LONGEST_TURN_S = 0.02, 5.0
 
@@ -45,14 +45,17 @@ class Ranks:
         return box[0]
 
     def agree(self, error, what):
-        """Raises on every rank, naming the first rank that failed, when any has an error."""
+        """Raises on every rank, naming the first rank that failed, when any has an error: DamageError when damage is all that is wrong."""
         named = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-        texts = self.gather(None if error is None else f"{named}{error}")
+        said = self.gather(None if error is None else (f"{named}{error}", isinstance(error, DamageError)))
+        damaged = all(damage for _, damage in filter(None, said))
+        # Of other reasons, which would stop the next checkpoint too, the first is told.
+        texts = [text[0] if text is not None and text[1] == damaged else None for text in said]
         failed = [rank for rank, text in enumerate(texts) if text is not None]
         if not failed:
             return
         place = "" if len(failed) == self.size and len(set(texts)) == 1 else f" on rank {failed[0]}"
-        raise CheckpointError(f"{what} failed{place}: {texts[failed[0]]}") from error
+        raise (DamageError if damaged else CheckpointError)(f"{what} failed{place}: {texts[failed[0]]}") from error
 
     def attempt(self, work, what):
         """work() on every rank, quickly done; its result, or the same error everywhere."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint is to its readers, whoever wrote it."""
+import errno
 from typing import NamedTuple
 
 from deepspeed.checkpoint import dtypes
@@ -7,6 +8,18 @@ from deepspeed.checkpoint import dtypes
 
 class CheckpointError(RuntimeError):
     """A checkpoint is not whole, not what was written, or does not fit the model."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint is not whole, or not what was written: another one may take its place. Whatever else goes wrong would go wrong again."""
+
+
+_GONE_OR_UNREADABLE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+
+
+def file_error(error, text):
+    """The CheckpointError for an OSError. Too many open files, missing rights and the like say nothing about the checkpoint."""
+    return (DamageError if error.errno in _GONE_OR_UNREADABLE else CheckpointError)(text)
 
 
 class TensorInfo(NamedTuple):

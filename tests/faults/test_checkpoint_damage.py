@@ -5,9 +5,11 @@ import random
 import shutil
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from deepspeed.checkpoint import Checkpoint, CheckpointError
+from deepspeed.checkpoint.filling import Filling
 from tests.parity.everything import assert_same, config, everything, start, state, train
 from tests.parity.launch import on_ranks, run
 
@@ -95,6 +97,35 @@ def test_when_none_is_good_every_reason_is_given(tmp_path):
     engine = start(config(3), everything(seed=5))
     with pytest.raises(CheckpointError, match="(?s)no checkpoint could be loaded.*global_step2.*has 100 bytes.*global_step1.*has 100 bytes"):
         engine.load_checkpoint(tmp_path)
+    engine.destroy()
+
+
+def no_memory(filling):
+    raise MemoryError("none is left")
+
+
+@on_ranks(2)
+def test_only_damage_leads_to_an_older_checkpoint(tmp_path):
+    two_saves(tmp_path)
+    other = everything(seed=5)
+    other.more = torch.nn.Parameter(torch.zeros(3))
+    engine = start(config(1), other)
+    with pytest.raises(CheckpointError, match="(?s)global_step2.*parameter 'more' is not in the checkpoint"):
+        engine.load_checkpoint(tmp_path)
+    engine.destroy()
+    engine = start(config(1), everything(seed=5))
+    run_it = Filling.run
+    try:
+        if dist.get_rank() == 1:
+            Filling.run = no_memory
+        with pytest.raises(CheckpointError, match="global_step2 failed on rank 1: MemoryError: none is left"):
+            engine.load_checkpoint(tmp_path)
+        if dist.get_rank() == 0:
+            cut(tmp_path / "global_step2" / "state_00000_of_00002.safetensors", 100)
+        dist.barrier()
+    finally:
+        Filling.run = run_it
+    assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step1")
     engine.destroy()
 
 

@@ -8,9 +8,10 @@ import zipfile
 from deepspeed.checkpoint import dtypes
 from deepspeed.checkpoint.foreign import folder as folders
 from deepspeed.checkpoint.foreign.tensor_ref import TensorRef
+from deepspeed.checkpoint.foreign.torch_file import TorchFileError
 from deepspeed.checkpoint.foreign.unpickle import DeviceName, DtypeName, Record
 from deepspeed.checkpoint.range_source import RangeSource
-from deepspeed.checkpoint.source import CheckpointError, TensorInfo
+from deepspeed.checkpoint.source import CheckpointError, DamageError, TensorInfo, file_error
 
 
 class ForeignCheckpoint(RangeSource):
@@ -28,7 +29,9 @@ class ForeignCheckpoint(RangeSource):
         try:
             contents = folders.read(folder, group_names)
         except OSError as error:
-            raise CheckpointError(f"{error.filename or folder}: {error.strerror or error}") from error
+            raise file_error(error, f"{error.filename or folder}: {error.strerror or error}") from error
+        except TorchFileError as error:
+            raise DamageError(str(error)) from error
         except (ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(str(error)) from error
         self.contents = contents

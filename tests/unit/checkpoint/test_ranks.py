@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from deepspeed.checkpoint.choosing import load_best
+from deepspeed.checkpoint.ranks import Ranks
+from deepspeed.checkpoint.source import CheckpointError, DamageError
+
+
+class TwoRanks(Ranks):
+    """Rank 0, with what rank 1 says."""
+
+    def __init__(self, other):
+        self.rank, self.size, self.other = 0, 2, other
+
+    def gather(self, value):
+        return [value, self.other]
+
+
+@pytest.mark.parametrize("mine, other, kind, text", [
+    (DamageError("torn"), None, DamageError, "loading failed on rank 0: torn"),
+    (None, ("torn", True), DamageError, "loading failed on rank 1: torn"),
+    (DamageError("torn"), ("MemoryError: none", False), CheckpointError, "loading failed on rank 1: MemoryError: none"),
+    (DamageError("torn"), ("torn", True), DamageError, "loading failed: torn"),
+    (MemoryError("none"), None, CheckpointError, "loading failed on rank 0: MemoryError: none"),
+])
+def test_damage_stays_damage_when_nothing_else_is_wrong(mine, other, kind, text):
+    with pytest.raises(CheckpointError) as error:
+        TwoRanks(other).agree(mine, "loading")
+    assert type(error.value) is kind and str(error.value) == text
+
+
+def test_nothing_is_wrong():
+    TwoRanks(None).agree(None, "loading")
+
+
+def test_what_is_no_damage_ends_the_search():
+    tried = []
+
+    def attempt(folder):
+        tried.append(folder)
+        raise (DamageError if folder == "a" else CheckpointError)(f"{folder} is bad")
+
+    with pytest.raises(CheckpointError, match="(?s)a is bad.*b is bad"):
+        load_best(["a", "b", "c"], False, attempt)
+    assert tried == ["a", "b"]
