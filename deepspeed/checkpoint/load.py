@@ -105,11 +105,15 @@ class Loading:
 
     @torch.no_grad()
     def take_over(self):
-        """Collective: parameters follow their masters; gradients collected so far are forgotten."""
+        """Collective: parameters follow their masters; gradients collected so far are forgotten. settle() is to follow, on all ranks."""
         managed = self.holdings.managed
         if managed is not None and managed.reducer is not None:
             managed.reducer.zero()
         self.holdings.take_over_masters()
+
+    @torch.no_grad()
+    def settle(self):
+        """Counts, hyperparameters, and what modules keep besides tensors. Not collective: the model's own code runs here, and may raise."""
         if self.optimizer is not None:
             self.optimizer.finish()
         for name, owner in self.holdings.names.extra.items():

@@ -3,6 +3,7 @@
 from deepspeed import _version
 from deepspeed.checkpoint import random_state
 from deepspeed.checkpoint.pieces import Holdings
+from deepspeed.checkpoint.source import CheckpointError
 from deepspeed.telemetry import logger
 from deepspeed.zero.optimizer import ShardedOptimizer
 
@@ -86,6 +87,18 @@ def client_state_of(source):
     if "global_samples" in state.get("counters", {}):
         kept["global_samples"] = state["counters"]["global_samples"]
     return {**kept, **(state.get("client_state") or {})}
+
+
+def check(engine, source, scheduler_states):
+    """CheckpointError, before anything has changed, when continue_from() could not take over what was saved."""
+    saved, scheduler = source.state.get("lr_scheduler"), engine.lr_scheduler
+    if scheduler_states and saved and hasattr(scheduler, "load_state_dict") and hasattr(scheduler, "state_dict"):
+        own = scheduler.state_dict()
+        if own and not set(own) & set(saved):
+            raise CheckpointError(f"{source.path}: its schedule's state ({', '.join(sorted(map(str, saved)))}) is not one of {type(scheduler).__name__}: "
+                                  "load_lr_scheduler_states=False loads the rest")
+    if source.world_size == engine.world_size:
+        source.random_of(engine.global_rank)   # whether it can be read shows now
 
 
 def continue_from(engine, source, optimizer_states, scheduler_states):

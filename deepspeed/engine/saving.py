@@ -5,6 +5,7 @@ import os
 import torch
 
 from deepspeed.checkpoint.choosing import candidates, load_best, open_source
+from deepspeed.checkpoint.export.stream import whole_file
 from deepspeed.checkpoint.load import Loading
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.save import FrozenFile, SaveRequest, save
@@ -87,8 +88,13 @@ class CheckpointMethods:
                            f"load_checkpoint: there is no folder {load_dir}")
             return None, None
         with_states = load_optimizer_states and not load_module_only
+
+        def check(source):
+            if not load_module_only:
+                checkpoint_state.check(self, source, load_lr_scheduler_states)
+
         source = load_best(found, tag is not None,
-                           lambda folder: self._load_from(folder, ranks, load_module_strict, with_states, custom_load_fn))
+                           lambda folder: self._load_from(folder, ranks, load_module_strict, with_states, custom_load_fn, check))
         if not load_module_only:
             ranks.attempt(lambda: checkpoint_state.continue_from(self, source, load_optimizer_states, load_lr_scheduler_states),
                           f"continuing from {source.path}")
@@ -99,7 +105,7 @@ class CheckpointMethods:
         names = ("latest_universal", "latest") if self._config.checkpoint.load_universal else ("latest", "latest_universal")
         return candidates(load_dir, tag, names)
 
-    def _load_from(self, folder, ranks, strict, with_states, custom_load_fn):
+    def _load_from(self, folder, ranks, strict, with_states, custom_load_fn, check):
         what = f"loading {folder}"
 
         def plan():
@@ -108,11 +114,13 @@ class CheckpointMethods:
             loading = Loading(source, holdings, strict and custom_load_fn is None, with_states)
             loading.plan()
             source.state   # whether it can be read shows now
+            check(source)
             return loading
 
         loading = ranks.attempt(plan, what)
         ranks.together(loading.apply, what)
         loading.take_over()
+        ranks.attempt(loading.settle, what)
         if custom_load_fn is not None:
             self._load_by(custom_load_fn, loading)
         if ranks.rank == 0:
@@ -140,18 +148,25 @@ class CheckpointMethods:
 
     def save_16bit_model(self, save_dir, save_filename="pytorch_model.bin", exclude_frozen_parameters=False):
         """The model's weights in one file, written by rank 0. False, with nothing written, when parameters are sharded and
-        gather_16bit_weights_on_model_save is off."""
+        gather_16bit_weights_on_model_save is off. Collective when parameters are sharded: what goes wrong is then raised as CheckpointError
+        on all ranks; otherwise only rank 0 has work, and raises what stops it."""
         if self._layout.shard_params:
             if not self.zero_gather_16bit_weights_on_model_save():
                 return False
             state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
         else:
             state = full_state_dict(self.module, self.global_rank == 0, exclude_frozen_parameters)
-        if self.global_rank == 0:
-            os.makedirs(save_dir, exist_ok=True)
-            target = os.path.join(save_dir, save_filename)
-            torch.save(state, target + ".part")
-            os.replace(target + ".part", target)
+
+        def write():
+            if self.global_rank == 0:
+                os.makedirs(save_dir, exist_ok=True)
+                with whole_file(os.path.join(save_dir, save_filename)) as file:
+                    torch.save(state, file)
+
+        if self._layout.shard_params:
+            Ranks().together(write, f"saving to {os.path.join(save_dir, save_filename)}")
+        else:
+            write()
         return True
 
     save_fp16_model = save_16bit_model

@@ -260,6 +260,59 @@ def test_parts_of_a_checkpoint(tmp_path):
     engine.destroy()
 
 
+class Fussy(torch.nn.Linear):
+    """Its extra state is taken over by one rank only."""
+
+    def get_extra_state(self):
+        return {"a": 1}
+
+    def set_extra_state(self, state):
+        if dist.get_rank() == 1:
+            raise KeyError("b")
+
+
+@on_ranks(2)
+def test_a_module_that_raises_on_one_rank_fails_the_load_on_all(tmp_path):
+    model = everything()
+    model.inner.__class__ = Fussy
+    engine = start(config(1), model)
+    engine.save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="failed on rank 1: KeyError: 'b'"):
+        engine.load_checkpoint(tmp_path)
+    engine.destroy()
+
+
+@on_ranks(2)
+def test_what_cannot_continue_is_refused_before_anything_changes(tmp_path):
+    cfg = config(2)
+    cfg.pop("scheduler")
+    engine = start(cfg, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3))
+    train(engine, 1)
+    engine.save_checkpoint(tmp_path)
+    want = state(engine)
+    engine.destroy()
+    engine = start(config(2), everything(seed=5))
+    before = state(engine)
+    with pytest.raises(CheckpointError, match="schedule.*last_epoch.*WarmupLR.*load_lr_scheduler_states=False"):
+        engine.load_checkpoint(tmp_path)
+    random_of = Checkpoint.random_of
+    try:
+        if dist.get_rank() == 1:
+            Checkpoint.random_of = _unreadable
+        with pytest.raises(CheckpointError, match="failed on rank 1: .*random"):
+            engine.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
+    finally:
+        Checkpoint.random_of = random_of
+    assert_same(state(engine), before)
+    engine.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
+    assert_same(state(engine), want)
+    engine.destroy()
+
+
+def _unreadable(checkpoint, rank):
+    raise CheckpointError("random generators of another kind")
+
+
 class Grown(type(everything())):
     def __init__(self):
         super().__init__()

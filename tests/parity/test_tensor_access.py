@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed
+from deepspeed.checkpoint import CheckpointError
 from deepspeed.utils import (safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_get_local_fp32_param,
                              safe_get_local_grad, safe_get_local_optimizer_state, safe_set_full_fp32_param, safe_set_full_grad,
                              safe_set_full_optimizer_state, safe_set_local_fp32_param, safe_set_local_grad,
@@ -248,7 +249,20 @@ def _save(stage, folder):
 def test_save_16bit_model(stage, tmp_path):
     run(_save, 2, stage, str(tmp_path))
     assert (tmp_path / "weights.bin").exists() and (tmp_path / "other.bin").exists() == (stage != 3)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part*"))
+
+
+@on_ranks(2)
+def test_weights_that_cannot_be_written_are_an_error_on_all_ranks(tmp_path):
+    engine = engine_of(tiny(), config(3, zero={"stage3_gather_16bit_weights_on_model_save": True}))
+    (tmp_path / "a file").touch()
+    with pytest.raises(CheckpointError, match="failed on rank 0: FileExistsError"):
+        engine.save_16bit_model(tmp_path / "a file", "weights.bin")
+    (tmp_path / "other" / "weights.bin").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(CheckpointError, match="failed on rank 0: IsADirectoryError"):
+        engine.save_16bit_model(tmp_path / "other", "weights.bin")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["weights.bin"]
+    assert engine.save_16bit_model(tmp_path, "weights.bin") is True
 
 
 @on_ranks(2)
