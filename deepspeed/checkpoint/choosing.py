@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which checkpoint a load means: the tag asked for, else what `latest` names, else the newest that is good."""
 import os
+import re
 
 from deepspeed.checkpoint import folders, manifest
 from deepspeed.checkpoint.foreign.folder import is_foreign
@@ -23,13 +24,13 @@ def candidates(load_dir, tag=None, names=(folders.LATEST,)):
     names: files that may hold the latest tag.
     """
     if tag is not None:
-        return [folders.target_of(load_dir, tag)]
+        return [_place_of(folders.target_of(load_dir, tag))]
     found = []
     for name in names:
         latest = folders.read_latest(load_dir, name)
         if latest is not None:
             try:
-                found.append(folders.target_of(load_dir, latest))
+                found.append(_place_of(folders.target_of(load_dir, latest)))
             except ValueError as error:
                 logger.warning(f"checkpoint: {os.path.join(load_dir, name)}: {error}")
             break
@@ -37,6 +38,19 @@ def candidates(load_dir, tag=None, names=(folders.LATEST,)):
         if checkpoint.path not in found and checkpoint.about("save_latest"):
             found.append(checkpoint.path)
     return found
+
+
+def _place_of(target):
+    """The folder itself; or, where its writer was killed while the folders of one tag changed places, the newest whole one under a
+    temporary name."""
+    if os.path.isdir(target):
+        return target
+    parent, name = os.path.split(target)
+    for checkpoint in folders.complete_checkpoints(parent):
+        if re.fullmatch(rf"\.{re.escape(name)}\.part-[0-9a-f]{{16}}", os.path.basename(checkpoint.path)):
+            logger.warning(f"checkpoint: there is no {target}, but {checkpoint.path} is whole and takes its place")
+            return checkpoint.path
+    return target
 
 
 def load_best(found, explicit, attempt):

@@ -8,8 +8,8 @@ from deepspeed.checkpoint.source import TensorInfo
 from deepspeed.checkpoint.tree import Encoder
 
 
-def write_checkpoint(source, folder, ranks):
-    """`source` as that many ranks would have written it: each holds an even part of every tensor."""
+def write_checkpoint(source, folder, ranks, **about):
+    """`source` as that many ranks would have written it: each holds an even part of every tensor. about: of the manifest."""
     folder.mkdir(parents=True)
     held = [[] for _ in range(ranks)]
     for (name, kind), info in source.tensors.items():
@@ -35,5 +35,5 @@ def write_checkpoint(source, folder, ranks):
     def nothing_large(tensor, path):
         raise AssertionError(f"{path}: too large to be written by hand")
 
-    text = manifest.manifest_text(files, tensors, source.aliases, Encoder(nothing_large).encode(source.state), {"world_size": ranks})
+    text = manifest.manifest_text(files, tensors, source.aliases, Encoder(nothing_large).encode(source.state), {"world_size": ranks, **about})
     (folder / manifest.NAME).write_text(text) if isinstance(text, str) else (folder / manifest.NAME).write_bytes(text)

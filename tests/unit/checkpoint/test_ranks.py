@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from deepspeed.checkpoint.choosing import load_best
+from deepspeed.checkpoint import folders
+from deepspeed.checkpoint.choosing import candidates, load_best
 from deepspeed.checkpoint.ranks import Ranks
-from deepspeed.checkpoint.source import CheckpointError, DamageError
+from deepspeed.checkpoint.source import CheckpointError, CheckpointSource, DamageError
+from tests.unit.checkpoint.by_hand import write_checkpoint
 
 
 class TwoRanks(Ranks):
@@ -43,3 +45,23 @@ def test_what_is_no_damage_ends_the_search():
     with pytest.raises(CheckpointError, match="(?s)a is bad.*b is bad"):
         load_best(["a", "b", "c"], False, attempt)
     assert tried == ["a", "b"]
+
+
+@pytest.mark.parametrize("tag", ["step2", "runs/step2"])
+def test_a_tag_whose_writer_was_killed_between_two_renames(tag, tmp_path):
+    """The new folder and the old one both have temporary names; the newer counts. Another tag's, and a living writer's, do not."""
+    target = tmp_path / tag
+    asides = {digit: target.parent / f".{target.name}.part-{digit * 16}" for digit in "abc"}
+    other = target.parent / f".x{target.name}.part-{'d' * 16}"
+    for saved_at, folder in enumerate([asides["a"], asides["b"], other, asides["c"]]):
+        write_checkpoint(CheckpointSource(), folder, 1, saved_at=saved_at, save_latest=True)
+    alive = folders.Lock(f"{asides['c']}.lock")
+    try:
+        assert candidates(str(tmp_path), tag) == [str(asides["b"])]
+        (tmp_path / "latest").write_text(tag)
+        assert candidates(str(tmp_path))[0] == str(asides["b"])
+        target.mkdir()
+        assert candidates(str(tmp_path), tag) == [str(target)]
+    finally:
+        alive.release()
+    assert candidates(str(tmp_path), "none") == [str(tmp_path / "none")]
