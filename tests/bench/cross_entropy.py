@@ -23,8 +23,8 @@ def inputs(tokens, vocabulary, features, device):
     return hidden, weight, torch.randint(vocabulary, (tokens,), device=device)
 
 
-def ours(hidden, weight, labels):
-    return linear_cross_entropy(hidden, weight, labels)
+def ours(hidden, weight, labels, chunk_tokens=None):
+    return linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
 
 
 def plain(hidden, weight, labels):
@@ -35,11 +35,18 @@ def step(loss, hidden, weight, labels):
     return torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
 
 
-def check_fused(features):
-    hidden, weight, labels = inputs(100, 1000, features, "cpu")
-    results = [step(f, *leaves, labels) for f, leaves in ((ours, (hidden, weight)), (plain, (hidden, weight)), (plain, (hidden.double(), weight.double())))]
-    for a, b, c in zip(*results):
-        op_race.assert_no_worse(a, b, c, "gradient of the fused loss")
+def check_fused(vocabulary, features, device):
+    """Two whole chunks of tokens and a short one, of the vocabulary and on the device that are timed."""
+    hidden, weight, labels = inputs(300, vocabulary, features, device)
+
+    def results(f, *leaves):
+        loss = f(*leaves, labels)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    mine = results(lambda *tensors: ours(*tensors, chunk_tokens=128), hidden, weight)
+    for what, a, b, c in zip(("loss", "hidden's gradient", "weight's gradient"), mine, results(plain, hidden, weight),
+                             results(plain, hidden.double(), weight.double())):
+        op_race.assert_no_worse(a.detach(), b.detach(), c.detach(), f"{what}, fused")
 
 
 def given_logits(rows, columns, dtype, device):
@@ -65,7 +72,7 @@ def cases(args):
     hidden, weight, labels = inputs(args.tokens, args.vocabulary, args.features, device)
     yield op_race.Case(f"linear_cross_entropy {args.tokens} x {args.vocabulary}, {args.features} features, both ways",
                        {"ours": lambda: step(ours, hidden, weight, labels), "torch": lambda: step(plain, hidden, weight, labels)},
-                       lambda: check_fused(args.features), 0, {"torch": 1 / 1.1})
+                       lambda: check_fused(args.vocabulary, args.features, device), 0, {"torch": 1 / 1.1})
 
 
 def resident_bytes(field):

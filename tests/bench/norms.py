@@ -5,11 +5,7 @@
 
 The copy moves what the norm must move: forward reads x and writes y (with a residual: reads two, writes two); backward reads dy and h and
 writes dx (with a residual it also reads the gradient of h). Bars on the CPU: forward as fast as torch, backward 1.5 times as fast.
-The allocator is told to keep what is freed, for all contenders alike: else the kernel's zeroing of fresh pages is most of what one sees.
 """
-import ctypes
-import ctypes.util
-
 import torch
 import torch.nn.functional as F
 from op_race import Case, assert_no_worse, main
@@ -100,14 +96,5 @@ def cases(args):
                                array * (4 if with_residual else 3), dict.fromkeys(peers, 1.5) if on_cpu else {})
 
 
-def keep_freed_memory():
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    mallopt = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "mallopt", None)
-    if mallopt is not None:
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)
-
-
 if __name__ == "__main__":
-    keep_freed_memory()
     main(__doc__, cases, elements=2**22)

@@ -6,19 +6,20 @@
 DeepSpeed 0.19.8 has no quantiser for the CPU (its accelerator there answers NotImplementedBuilder). Bytes: x in and codes and scales out, or
 the other way round.
 """
-import ctypes
-import os
-import sys
+import torch
+from op_race import Case, main
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-import torch  # noqa: E402
-from op_race import Case, main  # noqa: E402
-
-from deepspeed.ops import quantizer  # noqa: E402
+from deepspeed.ops import quantizer
 
 GROUP = 256
+LARGEST = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "fp6_e3m2": 28.0, "fp4_e2m1": 6.0, "fp12_e4m7": 510.0}
+MANTISSA = {"fp8_e4m3": (3, -6), "fp8_e5m2": (2, -14), "fp6_e3m2": (2, -2), "fp4_e2m1": (1, 0), "fp12_e4m7": (7, -6)}  # bits, lowest exponent
 FP8 = {"fp8_e4m3": (torch.float8_e4m3fn, 448.0), "fp8_e5m2": (torch.float8_e5m2, 57344.0)}
+
+
+def divided(range, largest):
+    """The scale. By a tensor: torch on a GPU takes a number's reciprocal, which is rounded, instead."""
+    return (range / torch.full((), largest, device=range.device)).clamp_min(2.0**-126)
 
 
 def torch_quantize(x, format, symmetric=True):
@@ -26,15 +27,15 @@ def torch_quantize(x, format, symmetric=True):
     blocks = x.float().view(-1, GROUP)
     if format in FP8:
         dtype, largest = FP8[format]
-        scale = (blocks.abs().amax(1, keepdim=True) / largest).clamp_min(2.0**-126)
+        scale = divided(blocks.abs().amax(1, keepdim=True), largest)
         return (blocks * (1 / scale)).to(dtype).view(torch.uint8), scale
     bits = quantizer.FORMATS[format]
     if symmetric:
-        scale = (blocks.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp_min(2.0**-126)
+        scale = divided(blocks.abs().amax(1, keepdim=True), LARGEST[format])
         codes, zero = torch.round(blocks * (1 / scale)).to(torch.int8).view(torch.uint8), ()
     else:
         low, high = blocks.aminmax(dim=1, keepdim=True)
-        scale = ((high - low) / (2**bits - 1)).clamp_min(2.0**-126)
+        scale = divided(high - low, 2.0**bits - 1)
         codes, zero = torch.round((blocks - low) * (1 / scale)).to(torch.uint8), (low,)
     if bits == 4:
         codes = codes[:, 0::2] & 15 | codes[:, 1::2] << 4
@@ -56,11 +57,34 @@ def torch_dequantize(parts, format, dtype):
 
 
 def same(ours, theirs, what):
-    """Codes differ nowhere, or where the last bit of a float32 product decides a tie: one in ten thousand at most, which would not hold for a wrong
-    formula. (torch divides by the scale's own rounding in places.)"""
-    different = (ours.view(-1) != theirs.reshape(-1)).double().mean().item()
-    if different > 1e-4:
-        raise AssertionError(f"{what}: {different:.2%} of the bytes differ from torch's")
+    """To the bit: both are the same float32 operations, each rounded once."""
+    different = (ours.view(-1) != theirs.reshape(-1)).sum().item()
+    if different:
+        raise AssertionError(f"{what}: {different} of {ours.numel()} differ from torch's")
+
+
+def step_sizes(x, q):
+    """Of every element, the distance between the two codes around it, in float64: the scale or, of a floating-point format, 2^(e - mantissa bits)
+    scales with e the value's exponent, at least that of the format's smallest normal number."""
+    scale = q.scale.double().repeat_interleave(GROUP)
+    if q.format not in MANTISSA:
+        return scale
+    mantissa, lowest = MANTISSA[q.format]
+    exponent = torch.frexp(x.double().view(-1) / scale)[1] - 1
+    return scale * torch.exp2(exponent.clamp_min(lowest).double() - mantissa)
+
+
+def check_round_trip(x, q, what, stochastic=False):
+    """The scales are the formula's; values come back within half a step (stochastic: a step, and right on average: the mean error of n of them, whose
+    variance is at most step^2 / 4, is within six of its standard deviations), and the four float32 roundings of scale, reciprocal, product and value."""
+    same(q.scale, divided(x.view(-1, GROUP).abs().amax(1), LARGEST[q.format]), f"{what}: scales")
+    exact, step = x.double().view(-1), step_sizes(x, q)
+    error = quantizer.dequantize(q, torch.float32).double().view(-1) - exact
+    beyond = (error.abs() > step * (1.0 if stochastic else 0.5) + exact.abs() * 4 * 2.0**-24).sum().item()
+    if beyond:
+        raise AssertionError(f"{what}: {beyond} of {x.numel()} values come back further off than rounding takes them")
+    if stochastic and not error.sum().abs() <= 6 * (step.square().sum() / 4).sqrt() + exact.abs().sum() * 4 * 2.0**-24:
+        raise AssertionError(f"{what}: the mean error is {error.mean():.3g}")
 
 
 def quantize_case(x, format, symmetric, peers):
@@ -69,8 +93,8 @@ def quantize_case(x, format, symmetric, peers):
 
     def check():
         want = torch_quantize(x, format, symmetric)
-        same(q.data, want[0], name)
-        torch.testing.assert_close(q.scale, want[1].view(-1), rtol=2.0**-23, atol=0)
+        for mine, other, what in zip((q.data, q.scale, q.zero_point), want, ("codes", "scales", "zero points")):
+            same(mine, other, f"{name}: {what}")
 
     contenders = {"ours": lambda: quantizer.quantize(x, format, GROUP, symmetric)}
     contenders.update({peer: lambda body=body: body(torch_quantize)(x, format, symmetric) for peer, body in peers.items()})
@@ -84,8 +108,7 @@ def dequantize_case(x, format, symmetric, peers):
     def check():
         own = (q.data.view(parts[0].shape), q.scale.view(-1, 1), *([q.zero_point.view(-1, 1)] if not symmetric else []))
         want = torch_dequantize(own, format, x.dtype)
-        if not torch.equal(quantizer.dequantize(q).view(-1), want.view(-1)):
-            raise AssertionError(f"{name}: not torch's values")
+        same(quantizer.dequantize(q), want, name)
 
     contenders = {"ours": lambda: quantizer.dequantize(q)}
     contenders.update({peer: lambda body=body: body(torch_dequantize)(parts, format, x.dtype) for peer, body in peers.items()})
@@ -105,24 +128,32 @@ def reduce_case(x, format, peers, ranks=4):
 
     def check():
         own = [(c.data.view(parts[0][0].shape), c.scale.view(-1, 1)) for c in chunks]
-        same(quantizer.dequantize_reduce_quantize(chunks)[0].data, composed(own)[0], name)
+        result, want = quantizer.dequantize_reduce_quantize(chunks)[0], composed(own)
+        same(result.data, want[0], f"{name}: codes")
+        same(result.scale, want[1], f"{name}: scales")
 
     contenders = {"ours": lambda: quantizer.dequantize_reduce_quantize(chunks)}
     contenders.update({peer: lambda body=body: body(composed)(parts) for peer, body in peers.items()})
     return Case(name, contenders, check, sum(c.nbytes for c in chunks) + chunks[0].nbytes, {peer: 1.0 for peer in peers})
 
 
-def keep_pages():
-    """glibc otherwise gives arrays above 32 MiB back to the kernel: every call of every contender would pay for fresh pages, the copy not."""
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+def alone_cases(x, format, stochastic=False):
+    """Both ways of what torch has no operations for."""
+    def quantize():
+        return quantizer.quantize(x, format, GROUP, stochastic=stochastic, seed=1)
+
+    q, kind = quantize(), " stochastic" if stochastic else ""
+    moved = x.numel() * x.element_size() + q.nbytes
+    yield Case(f"quantize float32 -> {format}{kind}", {"ours": quantize}, lambda: check_round_trip(x, quantize(), format, stochastic), moved)
+    if not stochastic:
+        yield Case(f"dequantize {format} -> float32", {"ours": lambda: quantizer.dequantize(q)}, lambda: check_round_trip(x, q, format), moved)
 
 
-def alone_case(name, body, nbytes):
-    return Case(name, {"ours": body}, lambda: None, nbytes)
+def fake_case(x):
+    def check():
+        same(quantizer.fake_quantize(x, 8, GROUP), torch_dequantize(torch_quantize(x, "int8"), "int8", x.dtype), "fake_quantize")
+
+    return Case("fake_quantize float32 int8", {"ours": lambda: quantizer.fake_quantize(x, 8, GROUP)}, check, 2 * x.numel() * x.element_size())
 
 
 def cases(args):
@@ -141,16 +172,11 @@ def cases(args):
         yield reduce_case(x, format, peers)
     x = torch.randn(n, device=args.device)
     for format in ("fp6_e3m2", "fp4_e2m1", "fp12_e4m7"):  # formats torch has not
-        q = quantizer.quantize(x, format, GROUP)
-        yield alone_case(f"quantize float32 -> {format}", lambda f=format: quantizer.quantize(x, f, GROUP), x.numel() * 4 + q.nbytes)
-        yield alone_case(f"dequantize {format} -> float32", lambda q=q: quantizer.dequantize(q), x.numel() * 4 + q.nbytes)
+        yield from alone_cases(x, format)
     for format in ("int8", "int4", "fp8_e4m3"):
-        q = quantizer.quantize(x, format, GROUP)
-        yield alone_case(f"quantize float32 -> {format} stochastic", lambda f=format: quantizer.quantize(x, f, GROUP, stochastic=True, seed=1),
-                         x.numel() * 4 + q.nbytes)
-    yield alone_case("fake_quantize float32 int8", lambda: quantizer.fake_quantize(x, 8, GROUP), x.numel() * 8)
+        yield from alone_cases(x, format, stochastic=True)
+    yield fake_case(x)
 
 
 if __name__ == "__main__":
-    keep_pages()
     main(__doc__, cases, numel=1 << 24, compiled=0)

@@ -2,14 +2,19 @@
 """The benchmark's own promises: it refuses wrong losses, its formula is the stated one, models are what their names say."""
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import cross_entropy  # noqa: E402
 import memory  # noqa: E402
 import models  # noqa: E402
+import op_race  # noqa: E402
+import quantize  # noqa: E402
 import running  # noqa: E402
 
 TINY = ["--model", "gpt-2m", "--tokens", "8", "--batch", "1", "--steps", "1", "--checked", "2"]
@@ -52,6 +57,76 @@ def test_formula():
 def test_contenders_have_a_stage_or_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match="write ours:STAGE"):
         running.Contender.parse(text)
+
+
+REUSED = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import op_race, torch
+op_race.keep_freed_memory()
+faults = []
+for _ in range(24):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24).fill_(1.0)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+
+
+def test_freed_memory_is_kept():
+    out = subprocess.run([sys.executable, "-c", REUSED, str(Path(__file__).resolve().parent)], capture_output=True, text=True, check=True).stdout
+    faults = list(map(int, out.split()))
+    assert len(faults) == 24 and max(faults[16:]) < 16  # fresh, 64 MiB are 32 huge pages or 16384 small ones
+
+
+def test_refused_allocator_settings_are_an_error(monkeypatch):
+    monkeypatch.setattr(op_race.ctypes, "CDLL", lambda name: argparse.Namespace(mallopt=lambda number, value: 0))
+    with pytest.raises(OSError, match="M_MMAP_MAX"):
+        op_race.keep_freed_memory()
+
+
+def test_a_fused_loss_that_is_wrong_in_its_last_chunk_is_not_timed(monkeypatch):
+    cross_entropy.check_fused(500, 64, "cpu")
+    right, sizes = cross_entropy.linear_cross_entropy, []
+
+    def wrong(hidden, weight, labels, chunk_tokens):
+        sizes.append((len(labels), chunk_tokens))
+        return right(hidden, weight, torch.cat([labels[:2 * chunk_tokens], labels[2 * chunk_tokens:].roll(1)]), chunk_tokens=chunk_tokens)
+
+    monkeypatch.setattr(cross_entropy, "linear_cross_entropy", wrong)
+    with pytest.raises(AssertionError, match="error .* against fp64"):
+        cross_entropy.check_fused(500, 64, "cpu")
+    assert sizes == [(300, 128)]
+
+
+def test_a_fused_loss_is_checked_where_it_is_timed():
+    with pytest.raises(RuntimeError, match="meta tensors"):  # where nothing has values to be held against each other
+        cross_entropy.check_fused(500, 64, "meta")
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("format", quantize.LARGEST)
+def test_codes_that_are_off_by_one_are_not_timed(format, stochastic):
+    torch.manual_seed(0)
+    x = torch.randn(64 * quantize.GROUP)
+    q = quantize.quantizer.quantize(x, format, quantize.GROUP, stochastic=stochastic, seed=1)
+    quantize.check_round_trip(x, q, format, stochastic)
+    q.data[1::3] ^= 1  # the lowest bit of the first code in every third byte, or a higher one of the next
+    with pytest.raises(AssertionError, match="further off"):
+        quantize.check_round_trip(x, q, format, stochastic)
+    q.data[1::3] ^= 1
+    q.scale[5] = torch.nextafter(q.scale[5], torch.tensor(1e9))
+    with pytest.raises(AssertionError, match="1 of 64 differ"):
+        quantize.check_round_trip(x, q, format, stochastic)
+
+
+def test_biased_rounding_is_not_timed():
+    x = torch.full((64, quantize.GROUP), 0.3)
+    x[:, 0] = 127.0
+    nearest = quantize.quantizer.quantize(x, "int8", quantize.GROUP)  # 0.3 becomes 0 everywhere: within a step
+    with pytest.raises(AssertionError, match="mean error"):
+        quantize.check_round_trip(x, nearest, "int8", stochastic=True)
+    quantize.check_round_trip(x, quantize.quantizer.quantize(x, "int8", quantize.GROUP, stochastic=True, seed=1), "int8", stochastic=True)
 
 
 def test_table():
