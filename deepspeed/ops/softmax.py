@@ -10,8 +10,9 @@ def scaled_masked_softmax(x, mask=None, scale=1.0, causal=False):
 
     x: float32, bfloat16 or float16, [..., columns]; for attention [batch, heads, queries, keys].
     mask: None, a float tensor that is added (float32, bfloat16 or float16) or a bool tensor that hides where it is **True**; its shape must
-        broadcast to x's, such as [batch, 1, 1, keys]. It is read through its strides, never copied to x's size. A float mask that requires
-        a gradient gets one.
+        broadcast to x's, such as [batch, 1, 1, keys]. It is read through its strides. Copied are: a mask whose last dimension is strided, to its
+        own size; one with a single value a row, such as [batch, heads, queries, 1], to as many columns as x has; and, to x's whole size,
+        one whose other dimensions, repeated ones included, do not join into six of one stride each. A float mask that requires a gradient gets one.
     causal: hides from query i the keys after i + keys - queries, so that the last query sees every key. What is hidden is neither
         read nor computed.
 

@@ -74,6 +74,18 @@ def test_strided_masks(device):
         assert torch.equal(scaled_masked_softmax(x, mask), scaled_masked_softmax(x, mask.expand(x.shape).contiguous()))
 
 
+@pytest.mark.parametrize("shape, mask, copied", [
+    ((2, 3, 9, 37), torch.zeros(2, 1, 1, 37), None), ((2, 3, 9, 37), torch.zeros(9, 37), None), ((2, 3, 9, 37), torch.zeros(2, 3, 9, 1), [2, 3, 9, 37]),
+    ((2, 3, 9, 37), torch.zeros(2, 1, 1, 74)[..., ::2], [2, 1, 1, 37]), ((2,) * 6 + (5,), torch.zeros([2, 1] * 3 + [5]), None),
+    ((2,) * 7 + (5,), torch.zeros([2, 1] * 3 + [2, 5]), [2] * 7 + [5])])
+def test_masks_are_copied_where_the_docstring_says(shape, mask, copied):
+    x = torch.zeros(shape)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        scaled_masked_softmax(x, mask)
+    copies = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert copies == ([] if copied is None else [copied])
+
+
 def test_masks_that_do_not_collapse(device):
     shape = (2,) * 15 + (5,)  # every other dimension repeats: more pieces than the kernels' view of a mask has
     x = torch.randn(shape, device=device)
