@@ -40,7 +40,6 @@ class SaveRequest:
     save_latest: bool = True
     tag_validation: str = "warn"
     node_local: bool = False      # every node would have a save_dir of its own
-    local_rank: int = 0
     keep_last: int = 0            # 0: all
     say_speed: bool = False
     about: dict = field(default_factory=dict)

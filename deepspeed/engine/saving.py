@@ -27,7 +27,8 @@ class CheckpointMethods:
         CheckpointError, on all ranks alike and naming the rank and the file, when it could not be written; what was there before stays.
 
         With checkpoint.writer.decoupled the call returns as soon as the values are copied, and they are written while training goes on;
-        what goes wrong then is raised by the first step, save or load after it, by destroy(), or at the end of the process.
+        what goes wrong then is raised by the first step, save or load after it, or by destroy(); what nobody has met by the end of the process is
+        logged there, and the exit status is 1.
         """
         checkpoint_state.warn_of_unfinished(self)
         ranks, cfg = Ranks(), self._config.checkpoint
@@ -42,7 +43,7 @@ class CheckpointMethods:
             save_dir=os.fspath(save_dir), tag=f"global_step{self.global_steps}" if tag is None else str(tag), pieces=pieces,
             state=checkpoint_state.state_of(self, holdings, client_state, excluded),
             rank_state=checkpoint_state.rank_state_of(self, holdings), aliases=aliases, save_latest=save_latest,
-            tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, local_rank=self.local_rank, keep_last=cfg.keep_last,
+            tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, keep_last=cfg.keep_last,
             say_speed=cfg.writer is not None and cfg.writer.show_statistics)
         if self._frozen_file is None:
             self._frozen_file = FrozenFile()
