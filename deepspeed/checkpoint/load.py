@@ -78,6 +78,8 @@ class Loading:
         known = {*names.parameters, *names.buffers, *names.aliases}
         known |= {info.name for info in (*self.weights.values(), *self.buffers.values())}
         found = [(name, kind) for name, kind in self.source.tensors if kind in (*_WEIGHTS, "buffer") and name not in known]
+        if names.scope:
+            found = [key for key in found if key[0].startswith(names.scope)]
         # A tied parameter is listed under one of its names.
         found = [key for key in found if not any(alias in known for alias, name in self.source.aliases.items() if name == key[0])]
         return [f"{'buffer' if kind == 'buffer' else 'parameter'} '{name}' is in the checkpoint, but not in the model" for name, kind in found]

@@ -95,6 +95,10 @@ class Checkpoint(CheckpointSource):
             optimizer["missed_steps"] = dict(optimizer.get("missed_steps") or {})
             for missed in self._of_ranks("missed"):
                 optimizer["missed_steps"].update(missed)
+        for scope in self._of_ranks("scope"):
+            state["extra_state"] = {**(state.get("extra_state") or {}), **scope["extra_state"]}
+            for group, names in zip((optimizer or {}).get("groups", ()), scope["groups"]):
+                group["params"] = list(dict.fromkeys([*group["params"], *names]))
         return state
 
     def _decoded(self, tree):

@@ -160,6 +160,8 @@ class OptimizerLoad:
             elif found:
                 self.notes.append(f"parameter group {number} keeps its hyperparameters: in the checkpoint its parameters were in groups "
                                   f"{sorted(found)}")
+            elif members.get(number):
+                self.notes.append(f"parameter group {number} keeps its hyperparameters: in the checkpoint its parameters were in no group")
 
 
 def _on_device(values, device):

@@ -191,9 +191,10 @@ def stream(path, pieces):
 
 
 def merge(reports):
-    """(files, tensors) of the manifest from what all ranks wrote."""
-    files, numbers, tensors = [], {}, {}
-    for written, rows in reports:
+    """(files, tensors, aliases) of the manifest from what all ranks wrote."""
+    files, numbers, tensors, aliases = [], {}, {}, {}
+    for written, rows, other_names in reports:
+        aliases.update(other_names)
         for file in written:
             numbers[file[0]] = len(files)
             files.append(file)
@@ -204,7 +205,7 @@ def merge(reports):
             if numel:
                 pieces.append((numbers[file], begin, numel, offset))
     listed = [TensorInfo(name, kind, *what, tuple(sorted(pieces, key=lambda p: p[1]))) for (name, kind), (what, pieces) in tensors.items()]
-    return files, listed
+    return files, listed, aliases
 
 
 class Saving:
@@ -260,15 +261,15 @@ class Saving:
         if self.request.say_speed:
             size, took_s = sum(size for _, size, _ in files), time.perf_counter() - began
             logger.info(f"checkpoint {self.target}: {size / 2**20:.1f} MiB in {took_s:.2f} s, {size / took_s / 1e9:.2f} GB/s")
-        return files, rows
+        return files, rows, self.request.aliases
 
     def text_of(self, reports, trees):
         """The manifest."""
-        files, tensors = merge(reports)
+        files, tensors, aliases = merge(reports)
         tree = {**self.mine.tree, "ranks": trees}
         about = {"library": f"deepspeed {_version.__version__}", "tag": str(self.request.tag), "saved_at": self.started,
                  "world_size": self.ranks.size, "save_latest": bool(self.request.save_latest), **self.request.about}
-        text = manifest.manifest_text(files, tensors, self.request.aliases, tree, about)
+        text = manifest.manifest_text(files, tensors, aliases, tree, about)
         core().CheckpointManifest(text)   # every element is there exactly once, or the save fails
         return text
 

@@ -77,7 +77,15 @@ def state_of(engine, holdings, client_state, frozen_excluded):
 
 def rank_state_of(engine, holdings):
     """This rank's own: random generators, and what belongs to its slices alone."""
-    return {"random": random_state.capture(), "parts": _parts(holdings, engine.global_rank == 0), "missed": _missed(holdings)}
+    return {"random": random_state.capture(), "parts": _parts(holdings, engine.global_rank == 0), "missed": _missed(holdings),
+            "scope": _scope(holdings)}
+
+
+def _scope(holdings):
+    """What state_of() says of names, by the first rank of every scope: rank 0 does not know the others' (model parallelism of the caller's)."""
+    if not holdings.names.scope or holdings.group_rank:
+        return {}
+    return {"extra_state": {name: owner.get_extra_state() for name, owner in holdings.names.extra.items()}, "groups": holdings.group_names() or []}
 
 
 def client_state_of(source):

@@ -199,3 +199,53 @@ def test_gradients_set_under_hybrid_sharding_are_what_is_stepped(local):
     engine.step()
     assert engine.get_global_grad_norm() == pytest.approx(total ** 0.5)
     engine.destroy()
+
+
+class Counted(tiny.Tiny):
+    """With a tied parameter under a second name, and state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied = self.layers[0].linear.weight
+        self.remembered = 0
+
+    def get_extra_state(self):
+        return {"remembered": self.remembered}
+
+    def set_extra_state(self, state):
+        self.remembered = state["remembered"]
+
+
+def resume_columns(folder):
+    """Each column's parameters, states, groups, second names and extra state come back to that column."""
+    columns = Columns()
+    with transport("c10d"):
+        for stage in (1, 3):
+            def build(seed):
+                torch.manual_seed(seed)
+                model = Counted()
+                groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+                          {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+                return tiny.engine_of(model, tiny.config(stage, optimizer=None), mpu=columns, optimizer=torch.optim.AdamW(groups, lr=1e-2))
+
+            where = f"{folder}/{stage}"
+            engine = build(columns.column)
+            engine.module.remembered = 10 + columns.column
+            tiny.train(engine, 3)
+            engine.optimizer.param_groups[1]["lr"] = 0.02
+            engine.save_checkpoint(where)
+            want, losses = tiny.whole(engine.module), tiny.train(engine, 3)
+            engine.destroy()
+
+            engine = build(seed=50)
+            engine.load_checkpoint(where)
+            assert engine.module.remembered == 10 + columns.column
+            assert [group["lr"] for group in engine.optimizer.param_groups] == [1e-2, 0.02]
+            found = tiny.whole(engine.module)
+            assert all(torch.equal(found[name], want[name]) for name in want)
+            assert tiny.train(engine, 3) == losses
+            engine.destroy()
+
+
+def test_checkpoints_of_columns(tmp_path):
+    run(resume_columns, 4, str(tmp_path), timeout=60)

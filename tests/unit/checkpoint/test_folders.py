@@ -178,7 +178,7 @@ def test_nodes_that_do_not_share_the_folder(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="on rank 1: .*is not there for rank 1: .*all nodes share"):
         put(own, "t")
     assert visible(own) == []
-    put(tmp_path / "shared", "one", node_local=True, local_rank=rank)
+    put(tmp_path / "shared", "one", node_local=True)
     monkeypatch.setattr(socket, "gethostname", lambda: f"node{rank}")
     with pytest.raises(CheckpointError, match="use_node_local_storage.*all nodes share"):
         put(tmp_path / "shared", "two", node_local=True)
