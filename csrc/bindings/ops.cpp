@@ -80,6 +80,7 @@ void bind_ops(py::module_& m) {
   m.def("long_lived_zeros",
         [](int64_t numel, at::ScalarType dtype, at::Device device) { return optim::long_lived_zeros(numel, dtype, device); },
         py::arg("numel"), py::arg("dtype"), py::arg("device"), Release());
+  m.def("settle", &optim::settle, py::arg("tensor"), Release());
   m.def("squared_norm", &optim::squared_norm, py::arg("tensors"), Release());
   m.def("scale_tensors", &optim::scale_tensors, py::arg("tensors"), py::arg("factor"), Release());
 }

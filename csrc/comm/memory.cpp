@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "platform/memory.h"
 
 namespace ds::comm {
 namespace {
@@ -24,7 +25,7 @@ class HostBuffer : public SymmetricBuffer {
     auto address = reinterpret_cast<uintptr_t>(base);
     if (slack != 0) {
       address = (address + slack - 1) / slack * slack;
-      ::madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
+      platform::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
     }
     return std::shared_ptr<HostBuffer>(new HostBuffer(base, mapped, reinterpret_cast<void*>(address), bytes));
   }

@@ -15,6 +15,10 @@
 
 #include "base/dtype.h"
 
+#ifndef INTRA_OP_PARALLEL
+#error "at::parallel_for would use one thread only: compile with OpenMP, as torch is"
+#endif
+
 #ifdef DS_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

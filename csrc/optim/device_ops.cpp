@@ -2,7 +2,6 @@
 #include "optim/device_ops.h"
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>

@@ -30,4 +30,8 @@ at::Tensor long_lived_copy(const at::Tensor& source) {
   return copy;
 }
 
+void settle(const at::Tensor& t) {
+  if (t.device().is_cpu() && t.is_non_overlapping_and_dense()) platform::collapse_huge_pages(t.data_ptr(), t.nbytes());
+}
+
 }  // namespace ds::optim

@@ -17,4 +17,7 @@ at::Tensor long_lived_zeros(int64_t numel, at::ScalarType type, at::Device devic
 // A contiguous copy of `source` in such memory.
 at::Tensor long_lived_copy(const at::Tensor& source);
 
+// Moves the pages of a tensor on the host that is there to stay, whoever allocated it, together into huge pages; its address stays. Advice.
+void settle(const at::Tensor& t);
+
 }  // namespace ds::optim

@@ -2,7 +2,6 @@
 #include "optim/tensor_rows.h"
 
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 
@@ -164,12 +163,9 @@ void for_row_pieces(const std::vector<int64_t>& numels, const std::function<void
   }
   if (pieces.empty()) return;
   works.push_back(pieces.size());
-  const auto run = [&](int64_t first, int64_t last) {
-    for (size_t i = works[static_cast<size_t>(first)]; i < works[static_cast<size_t>(last)]; ++i) body(pieces[i].row, pieces[i].begin, pieces[i].end);
-  };
-  const int64_t count = static_cast<int64_t>(works.size()) - 1;
-  if (count == 1 || at::get_num_threads() == 1) return run(0, count);
-  at::parallel_for(0, count, 1, run);
+  ops::for_chunks(static_cast<int64_t>(works.size()) - 1, 1, [&](int64_t, int64_t w, int64_t) {
+    for (size_t i = works[static_cast<size_t>(w)]; i < works[static_cast<size_t>(w) + 1]; ++i) body(pieces[i].row, pieces[i].begin, pieces[i].end);
+  });
 }
 
 }  // namespace ds::optim

@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -11,6 +12,10 @@
 #include "base/checked.h"
 #include "base/error.h"
 #include "platform/env.h"
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1
+#endif
 
 namespace ds::platform {
 namespace {
@@ -32,7 +37,37 @@ void* map_aligned(size_t bytes, size_t alignment) {
   return reinterpret_cast<void*>(aligned);
 }
 
+struct Range {
+  uintptr_t begin, end;
+};
+
+Range whole_huge_pages(const void* data, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  return {align_up(begin, kHugePageBytes), (begin + bytes) / kHugePageBytes * kHugePageBytes};
+}
+
+// Most of it is in memory: making it one page makes little else resident.
+bool is_mostly_resident(uintptr_t page) {
+  unsigned char pages[kHugePageBytes / kPageBytes];
+  if (mincore(reinterpret_cast<void*>(page), kHugePageBytes, pages) != 0) return false;
+  return 2 * std::count_if(std::begin(pages), std::end(pages), [](unsigned char p) { return (p & 1u) != 0; }) >= std::end(pages) - std::begin(pages);
+}
+
 }  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+  const Range range = whole_huge_pages(data, bytes);
+  if (range.begin < range.end && *env_bool("DS_HUGE_PAGES")) madvise(reinterpret_cast<void*>(range.begin), range.end - range.begin, MADV_HUGEPAGE);
+}
+
+void collapse_huge_pages(void* data, size_t bytes) {
+  advise_huge_pages(data, bytes);
+  const Range range = whole_huge_pages(data, bytes);
+  if (range.begin >= range.end || !*env_bool("DS_HUGE_PAGES")) return;
+  for (uintptr_t page = range.begin; page < range.end; page += kHugePageBytes) {
+    if (is_mostly_resident(page) && madvise(reinterpret_cast<void*>(page), kHugePageBytes, MADV_COLLAPSE) != 0 && errno == EINVAL) return;
+  }
+}
 
 void set_pin_hooks(const PinHooks& hooks) { g_pin_hooks = hooks; }
 
@@ -43,11 +78,10 @@ Buffer::Buffer(size_t bytes, bool pinned) : bytes_(bytes) {
   DS_CHECK_VALUE(bytes <= (size_t{1} << 47), "a buffer of " << bytes << " bytes is larger than the address space");
   if (bytes == 0) return;
   const bool huge = bytes >= kHugePageBytes;
-  const bool advise = huge && *env_bool("DS_HUGE_PAGES");  // may throw, hence before anything is mapped
+  if (huge) env_bool("DS_HUGE_PAGES");  // throws if it is no bool: before anything is mapped
   mapped_bytes_ = static_cast<size_t>(round_up(static_cast<int64_t>(bytes), kPageBytes));
   data_ = map_aligned(mapped_bytes_, huge ? kHugePageBytes : kPageBytes);
-  // Advice only: where the kernel has no huge pages the buffer works the same, slower.
-  if (advise) madvise(data_, mapped_bytes_, MADV_HUGEPAGE);
+  advise_huge_pages(data_, mapped_bytes_);
   if (!pinned) return;
   pinned_ = g_pin_hooks.pin(data_, mapped_bytes_);
   if (!pinned_) {

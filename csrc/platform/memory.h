@@ -19,6 +19,11 @@ struct PinHooks {
 void set_pin_hooks(const PinHooks& hooks);
 bool can_pin();
 
+// The whole huge pages inside [data, data + bytes): neighbours in a heap are left alone. Both are advice, which a kernel without huge pages
+// ignores, and which DS_HUGE_PAGES=0 turns off.
+void advise_huge_pages(void* data, size_t bytes);    // for memory that is to be written
+void collapse_huge_pages(void* data, size_t bytes);  // for memory that has been: its small pages are copied together (Linux 6.1)
+
 // Zero-filled memory mapped from the system; pages become resident when first written. Page-aligned; from kHugePageBytes on
 // aligned to and advised for huge pages (DS_HUGE_PAGES=0 turns the advice off). Movable, not copyable.
 class Buffer {

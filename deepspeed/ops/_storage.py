@@ -89,8 +89,10 @@ class Storage:
         return torch.float32 if self.fp32_states else param.dtype
 
     def fresh(self, param, names, unsigned):
-        """The tensors of a parameter that has not been stepped: {key: zeros}."""
+        """The tensors of a parameter that has not been stepped: {key: zeros}. A large parameter itself moves into huge pages, too."""
         tensors = {}
+        if param.device.type == "cpu" and param.nbytes >= _LARGE_BYTES:
+            lib().settle(param.detach())
 
         def zeros(dtype):
             return _zeros_like(param, dtype)

@@ -9,16 +9,12 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "base/error.h"
+#include "platform/memory.h"
 
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
-#endif
-
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25  // Linux 6.1
 #endif
 
 namespace ds::comm::shm {
@@ -73,7 +69,7 @@ Mapping::Mapping(std::shared_ptr<File> file, size_t offset, size_t bytes, bool w
     DS_FAIL("cannot map " << bytes << " bytes of shared memory: " << std::strerror(problem));
   }
   data_ = static_cast<char*>(data);
-  if (huge) ::madvise(data, bytes, MADV_HUGEPAGE);
+  platform::advise_huge_pages(data, bytes);
   if (!writable) ::madvise(data, bytes, MADV_DONTDUMP);  // a core file holds this process's memory once, not everybody's
 }
 
@@ -85,15 +81,7 @@ void Mapping::drop(size_t begin, size_t bytes) const {
   if (last > first) ::madvise(data_ + first, last - first, MADV_DONTNEED);
 }
 
-void Mapping::collapse() const {
-  std::vector<unsigned char> resident(kHugePage / page_bytes());
-  for (size_t begin = 0; begin + kHugePage <= bytes_; begin += kHugePage) {
-    if (::mincore(data_ + begin, kHugePage, resident.data()) != 0) return;
-    const auto pages = std::count_if(resident.begin(), resident.end(), [](unsigned char page) { return (page & 1) != 0; });
-    if (static_cast<size_t>(pages) * 2 < resident.size()) continue;  // would make untouched pages resident
-    if (::madvise(data_ + begin, kHugePage, MADV_COLLAPSE) != 0 && errno == EINVAL) return;  // an older kernel
-  }
-}
+void Mapping::collapse() const { platform::collapse_huge_pages(data_, bytes_); }
 
 Heap::Heap(size_t head_bytes) : file_(File::anonymous()), end_(up(head_bytes, kHugePage)) {
   DS_CHECK(::ftruncate(file_->fd(), static_cast<off_t>(end_)) == 0, "ftruncate of shared memory: " << std::strerror(errno));

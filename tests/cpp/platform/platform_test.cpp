@@ -183,4 +183,16 @@ TEST(File, MemoryFilesHaveTheAskedSize) {
 }
 
 }  // namespace
+// Parts of a heap block that begin and end anywhere: bytes and neighbours stay, untouched pages stay away.
+TEST(HugePages, CollapseKeepsBytes) {
+  const Buffer memory(5 * kHugePageBytes);
+  auto* bytes = static_cast<unsigned char*>(memory.data());
+  for (size_t i = 0; i < 3 * kHugePageBytes; ++i) bytes[i] = static_cast<unsigned char>(i * 7 >> 3);
+  collapse_huge_pages(bytes + 13, memory.bytes() - 100);
+  for (size_t i = 0; i < 3 * kHugePageBytes; ++i) ASSERT_EQ(bytes[i], static_cast<unsigned char>(i * 7 >> 3)) << i;
+  EXPECT_LE(memory.resident_bytes(), 3 * kHugePageBytes);
+  collapse_huge_pages(bytes, 0);
+  collapse_huge_pages(bytes + 1, kHugePageBytes);  // no whole huge page in it
+}
+
 }  // namespace ds::platform
