@@ -104,7 +104,8 @@ py::dict flat_info(PyStore& store, int f) {
 }
 
 int add_unit(PyStore& store, const std::string& name, std::vector<at::Tensor> params, std::vector<std::string> names,
-             std::vector<bool> trainable, const py::list& dtypes, bool keep_master, bool broadcast, bool persistent) {
+             std::vector<bool> trainable, const py::list& dtypes, bool keep_master, bool broadcast, bool persistent,
+             bool vacant) {
   zero::UnitRequest request;
   request.name = name;
   request.params = std::move(params);
@@ -114,6 +115,7 @@ int add_unit(PyStore& store, const std::string& name, std::vector<at::Tensor> pa
   request.keep_master = keep_master;
   request.broadcast = broadcast;
   request.persistent = persistent;
+  request.vacant = vacant;
   py::gil_scoped_release release;
   return store.add_unit(std::move(request));
 }
@@ -129,7 +131,7 @@ void bind_store(py::module_& m) {
            py::arg("world"), py::arg("shard"), py::arg("reduce"), py::arg("replicate"), py::arg("device"), py::arg("shard_params"),
            py::arg("full_master"), py::arg("align_numel") = 64)
       .def("add_unit", &add_unit, py::arg("name"), py::arg("params"), py::arg("names"), py::arg("trainable"), py::arg("dtypes"),
-           py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"))
+           py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"), py::arg("vacant") = false)
       .def("gather", [](PyStore& s, int unit, const std::string& phase) { s.gather(unit, comm::intern(phase)); }, Release())
       .def("release", &PyStore::release, py::arg("unit"), py::arg("part_from_holders") = false, Release())
       .def("check_params", &PyStore::check_params, Release())

@@ -114,7 +114,12 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
     flat.full = view_bytes(flat.home, home, flat.layout.numel(), flat.dtype, device_);
     flat.shard = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
   }
-  fill_flat(flat, request, members);
+  const bool vacant = request.vacant && options_.shard_params;
+  if (vacant) {
+    clear_padding(flat);
+  } else {
+    fill_flat(flat, request, members);
+  }
 
   const int index = static_cast<int>(flats_.size());
   for (size_t slot = 0; slot < members.size(); ++slot) {
@@ -128,11 +133,21 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
     params_.push_back(std::move(p));
   }
   adopt_params(flat);
-  if (options_.shard_params) flat.shard.copy_(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel));
+  if (options_.shard_params && !vacant) flat.shard.copy_(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel));
   flat.home->publish();
   units_[unit].flats.push_back(index);
   flats_.push_back(std::move(flat));
   return index;
+}
+
+// Zeroes what of the padding lies in my shard.
+void ParamStore::clear_padding(Flat& flat) {
+  at::NoGradGuard no_grad;
+  const int64_t begin = rank() * flat.layout.shard_numel, end = begin + flat.layout.shard_numel;
+  for (const plan::Slot& gap : plan::padding_of(flat.layout)) {
+    const int64_t first = std::max(begin, gap.offset), last = std::min(end, gap.offset + gap.numel);
+    if (first < last) flat.shard.narrow(0, first - begin, last - first).zero_();
+  }
 }
 
 // Copies the parameters' values into flat.full, lets rank 0's win, and derives the fp32 master where asked.

@@ -70,6 +70,7 @@ struct UnitRequest {
   bool keep_master = false;             // derive an fp32 master from the original values of trainable parameters
   bool broadcast = true;                // rank 0's values win; false when all ranks hold the same already
   bool persistent = false;
+  bool vacant = false;                  // the values are nobody's: somebody fills the shards later; nothing is copied or sent
 };
 
 struct StoreOptions {
@@ -158,6 +159,7 @@ class ParamStore {
 
  private:
   int add_flat(int unit, const UnitRequest& request, const std::vector<int>& members);
+  void clear_padding(Flat& flat);
   void fill_flat(Flat& flat, const UnitRequest& request, const std::vector<int>& members);
   void adopt_params(Flat& flat);
   void adopt_param(Flat& flat, Param& p);

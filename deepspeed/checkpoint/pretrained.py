@@ -47,23 +47,26 @@ def load_pretrained_shards(model, folder, strict=True):
     names = _Names(module)
     found, report = _match(source, names)
     _refuse_or_tell(source, report, strict)
-    with torch.no_grad():
-        _fill(source, names, found)
+    fill(source, [(name, info, names.parameters.get(name, names.buffers.get(name))) for name, info in found.items()])
     return report
 
 
 # ---- files
 
 def _open(folder):
-    """The RangeSource of a folder or file; kind is "weight" throughout."""
     references = {}
     for path in _files(folder):
-        for name, reference in (_read_safetensors(path) if path.endswith(".safetensors") else _read_torch(path)).items():
+        for name, reference in (read_safetensors(path) if path.endswith(".safetensors") else _read_torch(path)).items():
             if name in references:
                 raise CheckpointError(f"{folder}: '{name}' is in {os.path.basename(references[name].storage.path)} and in {os.path.basename(path)}")
             references[name] = reference
-    return RangeSource(folder, {(name, "weight"): reference for name, reference in references.items()},
-                       {(name, "weight"): TensorInfo(name, "weight", reference.dtype, reference.shape, (), ()) for name, reference in references.items()})
+    return source_of(folder, references)
+
+
+def source_of(path, readers):
+    """The RangeSource of {name: reader}; kind is "weight" throughout. `path`: for messages."""
+    return RangeSource(path, {(name, "weight"): reader for name, reader in readers.items()},
+                       {(name, "weight"): TensorInfo(name, "weight", reader.dtype, reader.shape, (), ()) for name, reader in readers.items()})
 
 
 def _files(folder):
@@ -99,7 +102,8 @@ def _indexed(path):
     return [os.path.join(os.path.dirname(path), name) for name in names]
 
 
-def _read_safetensors(path):
+def read_safetensors(path):
+    """{name: TensorRef} of a file."""
     try:
         listed = core().SafetensorsReader(path).tensors   # checks that entries follow each other and fill the file
         at = os.path.getsize(path) - sum(ITEM_BYTES[dtype] * _count(shape) for dtype, shape in listed.values())
@@ -188,10 +192,12 @@ def _refuse_or_tell(source, report, strict):
 
 # ---- values
 
-def _fill(source, names, found):
+@torch.no_grad()
+def fill(source, wanted):
+    """Reads into parameters and buffers what this rank keeps of them. wanted: (name for messages, TensorInfo of the source, tensor of its
+    shape). Collective when parameters are sharded."""
     filling, owners, engines = Filling(source), {}, {}
-    for name, info in found.items():
-        target = names.parameters.get(name, names.buffers.get(name))
+    for name, info, target in wanted:
         home = home_of(target)
         if home is None:
             _fill_plain(filling, name, info, target)

@@ -7,7 +7,8 @@ from deepspeed.zero.tensors import tensors_in
 
 
 def _managed(params):
-    """Distinct (home) entries of sharded parameters among whatever the caller passed: None, buffers, plain parameters are skipped."""
+    """Distinct (home) entries of sharded parameters among whatever the caller passed: None, buffers, plain parameters are skipped. In the
+    order in which parameters were sharded, alike on all ranks: a caller's set has another order on each."""
     if isinstance(params, torch.Tensor):
         params = [params]
     homes, seen = [], set()
@@ -17,7 +18,7 @@ def _managed(params):
             if home is not None and home.owner.sharded_api and id(parameter) not in seen:
                 seen.add(id(parameter))
                 homes.append(home)
-    return homes
+    return sorted(homes, key=lambda home: home.owner.params[home.index].ds_id)
 
 
 class GatheredParameters:

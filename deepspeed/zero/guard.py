@@ -88,6 +88,11 @@ def _guarded_in(value, found):
     return found
 
 
+def _is_nothing(data):
+    """What `.data` of a freed parameter gives, padded by nothing, say: setting it changes nothing."""
+    return not isinstance(data, Guarded) and data.dim() == 1 and data.numel() == 0
+
+
 def _stand_in(parameter):
     """See Note [Stand-ins]."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -131,7 +136,7 @@ class Guarded:
             return format(_describe(args[0]), *args[1:])
         if func in _CONVERSIONS and _changes_nothing(func, args[0], args[1:], kwargs):
             return args[0]
-        if func == _DATA_SET and args[0] is args[1]:
+        if func == _DATA_SET and (args[0] is args[1] or _is_nothing(args[1])):
             return None
         freed = _guarded_in((args, kwargs), [])
         stands_in = any(_STANDS_IN in tensor.__dict__ for tensor in freed)

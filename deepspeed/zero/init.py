@@ -8,7 +8,14 @@ Note [Open parameters]: inside the context a sharded parameter that anybody touc
 becomes whole and stays so, since what was taken out of it (a view, `.data`) may be written later. The least recently opened ones
 are cut again, with rank 0's values, when open ones exceed a budget; the rest when the context ends. All ranks touch the same
 parameters in the same order, so this is collective without being said.
+
+Note [Vacant]: while transformers builds a model whose weights it reads or initialises afterwards, it switches its initialisation off. What
+such a model's larger modules are built with is nobody's, and is neither copied nor sent.
+
+Note [Beginnings]: a room above (checkpoint, which reads weights for transformers) has something to prepare before the outermost context
+begins. It cannot be imported from here, so it is named in deepspeed/_entries.py.
 """
+import sys
 import weakref
 from collections import OrderedDict
 
@@ -16,6 +23,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from deepspeed import comm
+from deepspeed._entries import call_entries
 from deepspeed.config import load_config
 from deepspeed.device import get_accelerator
 from deepspeed.device.host_memory import blocks_from_system, trim_heap
@@ -27,6 +35,7 @@ _OPEN_BUDGET_BYTES = 64 << 20
 
 _active = []        # contexts entered, outermost first
 _open_units = OrderedDict()   # (id of the owner, unit) -> (ParamHome, bytes), least recently opened first
+_VACANT_NUMEL = 1 << 16   # modules with fewer elements keep what they were built with
 _TRIM_NUMEL = 1 << 22   # sharded elements after which the heap is returned to the system
 _transports = {}    # (group name, device) -> transports; contexts come and go, opening them costs a rendezvous
 
@@ -95,7 +104,8 @@ class Init:
             return
         owner = self._managed()
         plan = UnitPlan(type(module).__name__, list(own), list(own.values()), [], module, sum(p.numel() for p in own.values()))
-        owner.add_unit(plan, self._target, lambda p: False, keep_master=False, persistent_numel=-1)
+        owner.add_unit(plan, self._target, lambda p: False, keep_master=False, persistent_numel=-1,
+                       vacant=plan.numel >= _VACANT_NUMEL and _values_come_later())
         module.__dict__["_ds_zero_owner"] = owner   # as long as a module lives, its shards do
         self._freed_numel += plan.numel
         if self._freed_numel >= _TRIM_NUMEL:
@@ -142,6 +152,7 @@ class Init:
         return False
 
     def _attach(self):
+        call_entries("zero.Init begins")
         def on_parameter(module, name, parameter):
             self._seen[id(module)] = weakref.ref(module)
 
@@ -185,6 +196,13 @@ def zero_wrapper_for_fp_tensor_constructor(fn, target_fp_dtype, target_device=No
 
 _orig_torch_tensor, _orig_torch_empty, _orig_torch_zeros, _orig_torch_ones = torch.tensor, torch.empty, torch.zeros, torch.ones
 _orig_torch_full, _orig_torch_arange, _orig_torch_eye, _orig_torch_randn = torch.full, torch.arange, torch.eye, torch.randn
+
+
+def _values_come_later():
+    """See Note [Vacant]."""
+    model = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    method = getattr(model, "init_weights", None)
+    return bool(_active) and method is not None and method.__qualname__ != f"{model.__qualname__}.init_weights"
 
 
 def in_init():

@@ -124,8 +124,9 @@ class ManagedModel:
 
     # ---- filling
 
-    def add_unit(self, plan, dtype_of, trainable, keep_master, persistent_numel, broadcast=True):
-        """Collective. Moves the plan's parameters in. `dtype_of(p)`: what p shall become; `trainable(p)`: whether it is stepped."""
+    def add_unit(self, plan, dtype_of, trainable, keep_master, persistent_numel, broadcast=True, vacant=False):
+        """Collective. Moves the plan's parameters in. `dtype_of(p)`: what p shall become; `trainable(p)`: whether it is stepped; vacant:
+        their values count for nothing (only where parameters are sharded)."""
         previous = [home_of(p) for p in plan.params]
         for home in filter(None, previous):
             home.owner.store.gather(home.unit, "gather_move")
@@ -137,7 +138,7 @@ class ManagedModel:
                 raise RuntimeError(f"parameter '{plan.names[plan.params.index(parameter)]}' is on the meta device and has no values: "
                                    "materialise it, or build the model under deepspeed.zero.Init")
         unit = self.store.add_unit(plan.name, plan.params, plan.names, [trainable(p) for p in plan.params],
-                                   [dtype_of(p) for p in plan.params], keep_master, broadcast and not from_store, persistent)
+                                   [dtype_of(p) for p in plan.params], keep_master, broadcast and not from_store, persistent, vacant)
         order = [slot[0] for flat in self.store.unit_flats(unit) for slot in self.store.flat_info(flat)["slots"]]
         # The store numbers parameters flat by flat; find each one's number by its name.
         number = {self.store.param_name(index): index for index in order}

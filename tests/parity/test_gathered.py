@@ -512,3 +512,27 @@ def test_the_next_engine_takes_over_what_the_last_one_left(end):
     second = engine_of(model, config(3))
     assert_same(whole(model), wanted)
     assert train(second)[0] < losses[0]
+
+
+@on_ranks(2)
+def test_parameters_come_in_any_order():
+    """A caller's set has another order on every rank."""
+    model = sharded().module
+    wanted = {name: value for name, value in whole(model).items()}
+    parameters = list(model.parameters())
+    with GatheredParameters(parameters if dist.get_rank() == 0 else parameters[::-1], modifier_rank=0):
+        if dist.get_rank() == 0:
+            for parameter in parameters:
+                parameter.data.add_(1)
+    assert_same({name: value + 1 for name, value in wanted.items()}, whole(model))
+
+
+@on_ranks(2)
+def test_setting_the_data_that_a_freed_parameter_shows_changes_nothing():
+    """Libraries pad biases of heads by nothing."""
+    model = sharded().module
+    wanted = whole(model)
+    for parameter in model.parameters():
+        if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            parameter.data = nn.functional.pad(parameter.data, (0, 0))
+    assert_same(wanted, whole(model))

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "deepspeed"
 # Rooms by height; rooms of one line do not know each other.
 LEVELS = [
     {"_lazy", "_environment", "_version", "_errors", "_config_keys", "_config_helpers", "_arguments", "_native", "_torch_version"},
-    {"constants", "device", "_compiler"},
+    {"constants", "device", "_compiler", "_entries"},
     {"telemetry", "_installation"},
     {"config"},
     {"comm", "ops", "git_version_info"},
