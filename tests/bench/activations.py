@@ -14,14 +14,16 @@ import op_race
 from deepspeed.ops import activations
 from deepspeed.ops._library import ops
 
-BAR = {"torch": 1.0}
+BARS = {"cpu": {"torch": 1.0}, "cuda": {**op_race.SHARE_BAR, op_race.COMPILED: 1.3}}
 
 
 def graph(function, leaves, grad):
     """A backward pass that can be run again and again."""
-    leaves = [t.detach().requires_grad_() for t in leaves]
-    out = function(*leaves)
-    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    def make():
+        inputs = [t.detach().requires_grad_() for t in leaves]
+        out = function(*inputs)
+        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    return op_race.later(make)
 
 
 def check(ours, plain, leaves, grad):
@@ -39,19 +41,18 @@ def check(ours, plain, leaves, grad):
         op_race.assert_no_worse(a, b, c, f"result {index}")
 
 
-def race(name, ours, plain, leaves, grad):
+def race(args, name, ours, plain, leaves, grad):
     """The forward and the backward case of one function."""
     def checked():
         check(ours, plain, leaves, grad)
     moved = sum(t.nbytes for t in leaves)
-    yield op_race.Case(f"{name} forward", {"ours": lambda: ours(*leaves), "torch": lambda: plain(*leaves)}, checked,
-                       moved + grad.nbytes, BAR)
+    ways, bars = op_race.with_compiled(args, {"ours": ours, "torch": plain}), BARS[grad.device.type]
+    yield op_race.Case(f"{name} forward", {way: lambda f=f: f(*leaves) for way, f in ways.items()}, checked, moved + grad.nbytes, bars)
     # The smallest traffic: the inputs again, the gradient in, the inputs' gradients out.
-    yield op_race.Case(f"{name} backward", {"ours": graph(ours, leaves, grad), "torch": graph(plain, leaves, grad)}, checked,
-                       2 * moved + grad.nbytes, BAR)
+    yield op_race.Case(f"{name} backward", {way: graph(f, leaves, grad) for way, f in ways.items()}, checked, 2 * moved + grad.nbytes, bars)
 
 
-def dropout_race(name, x, residual, bias):
+def dropout_race(args, name, x, residual, bias):
     p = 0.1
 
     def ours(x, residual, bias):
@@ -69,8 +70,9 @@ def dropout_race(name, x, residual, bias):
               lambda x, r, b: r + (x + b) * (mask / (1 - p)).to(x.dtype), [x, residual, bias], residual)
 
     leaves = [x, residual, bias]
-    yield op_race.Case(f"{name} forward", {"ours": lambda: ours(*leaves), "torch": lambda: plain(*leaves)}, checked, 3 * x.nbytes, BAR)
-    yield op_race.Case(f"{name} backward", {"ours": graph(ours, leaves, x), "torch": graph(plain, leaves, x)}, checked, 2 * x.nbytes, BAR)
+    ways, bars = op_race.with_compiled(args, {"ours": ours, "torch": plain}), BARS[x.device.type]
+    yield op_race.Case(f"{name} forward", {way: lambda f=f: f(*leaves) for way, f in ways.items()}, checked, 3 * x.nbytes, bars)
+    yield op_race.Case(f"{name} backward", {way: graph(f, leaves, x) for way, f in ways.items()}, checked, 2 * x.nbytes, bars)
 
 
 def cases(args):
@@ -86,13 +88,13 @@ def cases(args):
         for act, fused, plain in (("gelu", activations.bias_gelu, F.gelu),
                                   ("gelu tanh", lambda x, b=None: activations.bias_gelu(x, b, "tanh"), lambda x: F.gelu(x, approximate="tanh")),
                                   ("silu", activations.bias_silu, F.silu), ("relu", activations.bias_relu, F.relu)):
-            yield from race(f"{name} bias+{act}", fused, lambda x, b, plain=plain: plain(x + b), [x, bias], grad)
-            yield from race(f"{name} {act}", fused, plain, [x], grad)
+            yield from race(args, f"{name} bias+{act}", fused, lambda x, b, plain=plain: plain(x + b), [x, bias], grad)
+            yield from race(args, f"{name} {act}", fused, plain, [x], grad)
         for act, fused, plain in (("swiglu", activations.swiglu, F.silu), ("geglu", activations.geglu, F.gelu)):
-            yield from race(f"{name} {act}", fused, lambda g, u, plain=plain: plain(g) * u, [x, tensor(rows, args.columns)], grad)
-            yield from race(f"{name} {act} of halves", fused, lambda x, plain=plain: plain(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+            yield from race(args, f"{name} {act}", fused, lambda g, u, plain=plain: plain(g) * u, [x, tensor(rows, args.columns)], grad)
+            yield from race(args, f"{name} {act} of halves", fused, lambda x, plain=plain: plain(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
                             [tensor(rows, 2 * args.columns)], grad)
-        yield from dropout_race(f"{name} dropout+residual+bias", x, tensor(rows, args.columns), bias)
+        yield from dropout_race(args, f"{name} dropout+residual+bias", x, tensor(rows, args.columns), bias)
 
 
 if __name__ == "__main__":

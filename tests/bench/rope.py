@@ -9,7 +9,7 @@ import torch
 import op_race
 from deepspeed.ops.rope import apply_rotary
 
-BAR = {"torch": 1.0}
+BARS = {"cpu": {"torch": 1.0}, "cuda": {**op_race.SHARE_BAR, op_race.COMPILED: 1.3}}
 
 
 def rotate_half(x):
@@ -58,9 +58,11 @@ def race(args, device, dtype, layout, style, batch, seq):
         return plain(q, k, *tables)
 
     def graph(function):
-        leaves = [q.detach().requires_grad_(), k.detach().requires_grad_()]
-        out = function(*leaves)
-        return lambda: torch.autograd.grad(out, leaves, [q_grad, k_grad], retain_graph=True)
+        def make():
+            leaves = [q.detach().requires_grad_(), k.detach().requires_grad_()]
+            out = function(*leaves)
+            return lambda: torch.autograd.grad(out, leaves, [q_grad, k_grad], retain_graph=True)
+        return op_race.later(make)
 
     def check():
         exact_tables = wide(torch.float64)
@@ -72,8 +74,9 @@ def race(args, device, dtype, layout, style, batch, seq):
 
     moved = 2 * (q.nbytes + k.nbytes)
     name = f"{str(dtype).removeprefix('torch.')} {layout} {style}"
-    yield op_race.Case(f"{name} forward", {"ours": lambda: ours(q, k), "torch": lambda: torch_eager(q, k)}, check, moved, BAR)
-    yield op_race.Case(f"{name} backward", {"ours": graph(ours), "torch": graph(torch_eager)}, check, moved, BAR)
+    ways = op_race.with_compiled(args, {"ours": ours, "torch": torch_eager})
+    yield op_race.Case(f"{name} forward", {way: lambda f=f: f(q, k) for way, f in ways.items()}, check, moved, BARS[device.type])
+    yield op_race.Case(f"{name} backward", {way: graph(f) for way, f in ways.items()}, check, moved, BARS[device.type])
 
 
 if __name__ == "__main__":

@@ -131,3 +131,16 @@ def test_biased_rounding_is_not_timed():
 
 def test_table():
     assert running.table(["a", "b"], [[1, 2]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def _result(ours, copy, **others):
+    return {"case": "a", "moved_bytes": 100, "copied_bytes": 1000, "bars": {"copy": 0.9, "compiled": 1.3}, "ours_s": ours, "copy_s": copy, **others}
+
+
+@pytest.mark.parametrize("times, good", [(dict(ours=1.0, copy=9.1), True), (dict(ours=1.0, copy=8.9), False),
+                                         (dict(ours=1.0, copy=9.5, compiled_s=1.8), True), (dict(ours=1.5, copy=14.0, compiled_s=1.8), True),
+                                         (dict(ours=1.5, copy=10.0, compiled_s=1.8), False)])
+def test_bars_of_a_gpu(times, good):
+    """A share of a large copy's rate; and torch.compile's time, where it leaves something to gain."""
+    text, met = op_race.line(_result(**times))
+    assert met is good and ("MISSED" in text) is not good

@@ -38,10 +38,18 @@ export LD_LIBRARY_PATH="$third_party/lib:$third_party/lib/x86_64-linux-gnu:${LD_
 status=0
 say "tests"
 timeout --kill-after=10 "$(left)" "$PYTHON" -m pytest -q --color=no -p no:cacheprovider "${@:-tests/gpu}" 2>&1 | keep || status=1
-for bench in tests/bench/{norms,softmax,activations,rope,cross_entropy,quantize,optimizers}.py; do
-  [ -f "$bench" ] && [ "$(left)" -gt 20 ] || { say "$bench: left out"; status=1; continue; }
-  say "$bench --device cuda"
-  timeout --kill-after=5 "$(left)" "$PYTHON" "$bench" --device cuda --rounds 5 2>&1 | keep || status=1
-done
+bench() {  # NAME [arguments]
+  local name="$1"
+  shift
+  [ "$(left)" -gt 20 ] || { say "$name $*: left out"; status=1; return; }
+  say "$name --device cuda $*"
+  timeout --kill-after=5 "$(left)" "$PYTHON" "tests/bench/$name.py" --device cuda --rounds 5 "$@" 2>&1 | keep || status=1
+}
+for name in norms softmax activations rope cross_entropy quantize optimizers; do bench "$name"; done
+# torch.compile takes seconds a case: one size of each.
+bench norms --compiled --only x4096
+bench softmax --compiled --only "rows of 4096"
+bench activations --compiled --only swiglu
+bench rope --compiled --only "bshd half"
 say "end, status $status"
 exit "$status"
