@@ -13,6 +13,7 @@ import weakref
 import torch
 
 from deepspeed._native import lib
+from deepspeed.zero import borders
 from deepspeed.zero.guard import guard_class, is_guarded
 from deepspeed.zero.status import ZeroParamStatus, ZeroParamType
 from deepspeed.zero.tensors import attributes_with_graph, tensors_in
@@ -87,6 +88,7 @@ class _Hook:
         self._owner = weakref.ref(owner) if owner is not None else None
         self._body = body
 
+    @borders.not_in_graphs
     def __call__(self, *args):
         owner = self._owner() if self._owner is not None else None
         if owner is not None and not owner.closed:
@@ -244,30 +246,39 @@ class ManagedModel:
     def _hook_module(self, module, enter, leave, done):
         """enter, leave: units gathered before and freed after the forward. done: units freed when backward reaches the inputs."""
 
-        def before(owner, module, args):
+        leaves = []     # inputs without a producer: they get a node when the forward first uses them
+
+        def before(owner, module, args, kwargs):
             for unit in enter:
                 owner.scheduler.enter(unit)
+            leaves.clear()
+            # Now, not after: the module may put tensors of its own making among its arguments (a cache of keys and values).
+            if done and torch.is_grad_enabled() and owner.hooks is not None:
+                inputs = [t for t in tensors_in(args) + tensors_in(kwargs) if t.requires_grad and not isinstance(t, torch.nn.Parameter)]
+                leaves.extend(t for t in inputs if t.is_leaf)
+                owner.hooks.watch_inputs(done, [t for t in inputs if not t.is_leaf])
 
         kept_by = [inner.__dict__ for inner in module.modules()]
 
-        def after(owner, module, args, kwargs, output):
+        def after(owner, module, args, output):
             if torch.is_grad_enabled() and owner.hooks is not None:
                 used = enter + [unit for unit in owner.borrowed if unit not in enter]
                 if used:
                     results = tensors_in(output) + attributes_with_graph(kept_by)
                     owner.hooks.watch_outputs(used, [t for t in results if t.requires_grad])
-                if done:
-                    inputs = [t for t in tensors_in(args) + tensors_in(kwargs) if t.requires_grad]
-                    owner.hooks.watch_inputs(done, [t for t in inputs if not isinstance(t, torch.nn.Parameter)])
+                if leaves:
+                    owner.hooks.watch_inputs(done, leaves)
+            leaves.clear()
             for unit in leave:
                 owner.scheduler.leave(unit)
 
-        if enter:
-            self._handles.append(module.register_forward_pre_hook(_Hook(self, before)))
-        self._handles.append(module.register_forward_hook(_Hook(self, after), with_kwargs=True))
+        if enter or done:
+            self._handles.append(module.register_forward_pre_hook(_Hook(self, before), with_kwargs=True))
+        self._handles.append(module.register_forward_hook(_Hook(self, after)))
 
     def install_root_hooks(self, model):
         self._root = weakref.ref(model)
+        borders.keep_out_of_graphs()
 
         def before(owner, module, args):
             owner.store.check_params()
