@@ -25,3 +25,11 @@ def keep_out_of_graphs():
     rules = sys.modules.get("torch._dynamo.trace_rules")
     if rules is not None and not rules.check_file(__file__).skipped:
         rules.add(__package__)
+
+
+def prepare(instances):
+    """A model with so many modules at borders is about to be compiled: each may need a graph of its own, and all may share their code."""
+    import torch._dynamo as dynamo
+    keep_out_of_graphs()
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, instances)
+    dynamo.config.accumulated_recompile_limit = max(dynamo.config.accumulated_recompile_limit, 4 * instances)

@@ -121,6 +121,7 @@ class ManagedModel:
         self.hooks = None
         self.params = []          # Python parameters by store index
         self.closed = False
+        self.hooked_modules = 0   # that a unit is gathered for
         self._handles = []
         self.borrowed = []        # units that the running forward uses outside the modules they were planned for
 
@@ -240,6 +241,7 @@ class ManagedModel:
             note(enter, module, unit)
             note(leave, module, unit)
             note(done, module, unit)
+        self.hooked_modules = len(modules)
         for key, module in modules.items():
             self._hook_module(module, enter.get(key, []), leave.get(key, []), done.get(key, []))
 
