@@ -35,7 +35,8 @@ constexpr FormatName kFormats[] = {
 
 Blocks to_blocks(std::string_view format, int64_t group_size, bool symmetric, const char* format_name = "format",
                  const char* symmetric_name = "symmetric") {
-  TORCH_CHECK_VALUE(group_size >= 1, "group_size must be at least 1, got ", group_size);
+  constexpr int64_t kLargest = int64_t{1} << 56;  // the sizes of a block are computed from it, also where no block is whole
+  TORCH_CHECK_VALUE(group_size >= 1 && group_size <= kLargest, "group_size must be at least 1 and at most 2^56, got ", group_size);
   for (const FormatName& f : kFormats) {
     if (format != f.name) continue;
     TORCH_CHECK_VALUE(symmetric || f.format == QuantFormat::INT8 || f.format == QuantFormat::INT4, symmetric_name,
