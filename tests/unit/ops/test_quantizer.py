@@ -248,8 +248,8 @@ def test_compiled_code_has_the_same_bits(dynamic):
 
 @pytest.mark.parametrize("change, message", [
     (dict(format="int3"), "format must be one of int8, int4, fp8_e4m3"),
-    (dict(group_size=0), "group_size must be at least 1, got 0"),
-    (dict(group_size=2**60), "group_size must be .* at most 2^56, got"),
+    (dict(group_size=0), "group_size must be at least 1 .*got 0"),
+    (dict(group_size=2**60), "group_size must be .* at most 2.56, got"),
     (dict(format="fp8_e4m3", symmetric=False), "symmetric: only integer formats"),
     (dict(x=torch.zeros(4, dtype=torch.float64)), "x: dtype must be float32"),
     (dict(x=torch.zeros(4, dtype=torch.int8)), "x: dtype must be float32"),
