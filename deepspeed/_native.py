@@ -38,14 +38,13 @@ def _load(name):
 
 def core():
     """The compiled module that needs no torch."""
-    return sys.modules.get("deepspeed._core") or _load("_core")
+    return _load("_core")   # not sys.modules' entry, which another thread may be filling
 
 
 def lib():
     """The compiled module that stands on torch; imports torch first."""
-    module = sys.modules.get("deepspeed._C")
-    if module is not None:
-        return module
+    if "deepspeed._C" in sys.modules:
+        return _load("_C")   # waits while another thread imports it
     try:
         import torch
     except ModuleNotFoundError as error:

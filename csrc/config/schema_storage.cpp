@@ -32,17 +32,21 @@ std::vector<Key> storage_keys() {
                                                        "could not be loaded"),
               integer("keep_last", 0, "Checkpoints that stay in a folder; older ones are removed after a save. 0: all").at_least(0),
               object("parallel_write", "Who writes",
-                     {boolean("pipeline_stage", false, "Data-parallel ranks share the layers").strict_bool().accepted()}),
-              boolean("checkpoint_serialization", true, "Old form of torch.save").accepted(),
+                     {boolean("pipeline_stage", false, "Without effect: data-parallel ranks always share the writing").strict_bool().accepted()}),
+              boolean("checkpoint_serialization", true, "Without effect: nothing is written by torch.save").accepted(),
               object("writer", "How bytes reach the disk; never changes what is written",
-                     {choice("type", "fast", {"mock", "python", "fast"}, "Kind").ignoring_case().accepted(),
+                     {choice("type", "fast", {"mock", "python", "fast"}, "Without effect: there is one writer, which is fast").ignoring_case()
+                          .accepted(),
                       boolean("decoupled", false, "Training goes on while a copy of the state is written; errors show at a later step, "
                                                   "save or load"),
-                      integer("io_buffer_size", 67108864, "Bytes").at_least(1).accepted(),
-                      boolean("io_buffer_double", true, "Two buffers").accepted(),
-                      integer("io_multiplier", 1, "Writers").at_least(1).accepted(),
+                      integer("io_buffer_size", 67108864, "Without effect: a writer holds 24 blocks of 1 MiB, and none in a file system in "
+                                                          "memory").at_least(1).accepted(),
+                      boolean("io_buffer_double", true, "Without effect: blocks are filled while others are written").accepted(),
+                      integer("io_multiplier", 1, "Threads, each with a file of its own, that a rank saves with; left out: as many as it "
+                                                  "has cores to itself, at most 4. With `decoupled` it is one").at_least(1),
                       boolean("show_statistics", false, "Log bytes and speed of each save"),
-                      choice("data_parallel", nullptr, {"replica", "socket", "machine"}, "Who writes").ignoring_case()
+                      choice("data_parallel", nullptr, {"replica", "socket", "machine"}, "Without effect: all ranks that hold a value share the "
+                                                                                "writing of it").ignoring_case()
                           .accepted()})}),
       any("datastates_ckpt", nullptr, "Settings of another checkpoint engine; ours is used").ignored(),
   };

@@ -2,6 +2,8 @@
 #include "io/file_engine.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
+#include <sys/vfs.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -19,11 +21,21 @@ using platform::File;
 
 // ---- files ---------------------------------------------------------------------------------------------------------
 
+namespace {
+
+// Such a system may accept O_DIRECT, but its files have no place other than the page cache.
+bool lives_in_memory(int fd) {
+  struct statfs system;
+  return fstatfs(fd, &system) == 0 && (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
+}
+
+}  // namespace
+
 EngineFile::EngineFile(const std::string& path, File::Mode mode, bool direct) : file_(path, mode) {
-  if (!direct) return;
+  if (!direct || lives_in_memory(file_.fd())) return;
   const int access = mode == File::Mode::Read ? O_RDONLY : O_RDWR;
   const int fd = ::open(path.c_str(), access | O_CLOEXEC | O_DIRECT);
-  if (fd >= 0) direct_ = File::adopt(fd, path);  // else (tmpfs, some network systems): everything goes through the cache
+  if (fd >= 0) direct_ = File::adopt(fd, path);  // else (some network systems): everything goes through the cache
 }
 
 // ---- requests ------------------------------------------------------------------------------------------------------

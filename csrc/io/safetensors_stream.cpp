@@ -9,7 +9,6 @@
 
 #include "base/checked.h"
 #include "io/chunk.h"
-#include "io/crc32c.h"
 #include "io/safetensors.h"
 #include "io/safetensors_header.h"
 
@@ -63,70 +62,38 @@ std::string safetensors_head(const std::vector<StreamEntry>& entries, const std:
 
 SafetensorsStream::SafetensorsStream(FileEngine& engine, const std::string& path, const std::vector<StreamEntry>& entries,
                                      const std::map<std::string, std::string>& metadata, const StreamOptions& options)
-    : engine_(engine), options_(options), path_(path) {
+    : options_(options), path_(path) {
   DS_CHECK_VALUE(options.block_bytes > 0 && options.block_bytes % kDirectAlignment == 0,
                  "block_bytes must be a positive multiple of " << kDirectAlignment << ", got " << options.block_bytes);
   DS_CHECK_VALUE(options.buffers > 0, "buffers must be positive, got " << options.buffers);
   const std::string head = safetensors_head(entries, metadata, &offsets_, &total_);
-  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(options.buffers, ceil_div(total_, options.block_bytes)));
-  memory_ = platform::Buffer(static_cast<size_t>(blocks * options.block_bytes));
-  under_way_.resize(static_cast<size_t>(blocks));
-  if (!path.empty()) {
+  if (path.empty()) {
+    sink_ = make_sum_sink(options.block_bytes);
+  } else {
     file_ = engine.open(path, platform::File::Mode::CreateNew);
-    if (file_->has_direct()) reserve(*file_, total_);
+    if (file_->has_direct()) {
+      reserve(*file_, total_);
+      const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(options.buffers, ceil_div(total_, options.block_bytes)));
+      sink_ = make_direct_sink(engine, file_, options.block_bytes, blocks);
+    } else {
+      sink_ = make_cached_sink(file_, options.block_bytes);
+    }
   }
   write(head.data(), static_cast<int64_t>(head.size()));
 }
 
-SafetensorsStream::~SafetensorsStream() {
-  for (const auto& request : under_way_) {
-    if (!request) continue;
-    try {
-      request->wait();
-    } catch (const Error&) {   // finish() was not reached: the error that stopped it is the one that counts
-    }
-  }
-}
-
 void SafetensorsStream::write(const void* data, int64_t bytes) {
   DS_CHECK_VALUE(bytes >= 0 && bytes <= total_ - at_, "more bytes than the entries of " << path_ << " announce");
-  const char* from = static_cast<const char*>(data);
-  while (bytes > 0) {
-    const int64_t n = std::min(bytes, options_.block_bytes - filled_);
-    if (filled_ == 0 && under_way_[static_cast<size_t>(slot_)]) {
-      under_way_[static_cast<size_t>(slot_)]->wait();
-      under_way_[static_cast<size_t>(slot_)].reset();
-    }
-    sum_ = file_ ? crc32c_copy(block() + filled_, from, static_cast<size_t>(n), sum_) : crc32c(from, static_cast<size_t>(n), sum_);
-    filled_ += n;
-    at_ += n;
-    from += n;
-    bytes -= n;
-    if (filled_ == options_.block_bytes) send_block();
-  }
-}
-
-void SafetensorsStream::send_block() {
-  done_.block_sums.push_back(sum_);
-  if (file_) {
-    under_way_[static_cast<size_t>(slot_)] = engine_.write(file_, at_ - filled_, block(), filled_);
-    slot_ = (slot_ + 1) % static_cast<int64_t>(under_way_.size());
-  }
-  filled_ = 0;
-  sum_ = 0;
+  sink_->write(static_cast<const char*>(data), bytes);
+  at_ += bytes;
 }
 
 StreamedFile SafetensorsStream::finish() {
   DS_CHECK_VALUE(at_ == total_, "the entries of " << path_ << " announce " << total_ << " bytes, " << at_ << " were written");
-  if (filled_ > 0) send_block();
-  for (auto& request : under_way_) {
-    if (request) request->wait();
-    request.reset();
-  }
+  StreamedFile done{total_, sink_->finish()};
   if (file_ && options_.durable) file_->file().sync();
   if (file_) file_->file().close();
-  done_.bytes = total_;
-  return done_;
+  return done;
 }
 
 }  // namespace ds::io

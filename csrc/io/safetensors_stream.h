@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "io/block_sink.h"
 #include "io/file_engine.h"
-#include "platform/memory.h"
 
 namespace ds::io {
 
@@ -32,7 +32,7 @@ struct StreamedFile {
 
 struct StreamOptions {
   int64_t block_bytes = int64_t{1} << 20;   // multiple of 4096
-  int buffers = 24;                         // blocks under way at most
+  int buffers = 24;                         // blocks under way at most, where the page cache is passed by
   bool durable = true;                      // finish() waits until the bytes are on the medium
 };
 
@@ -42,9 +42,7 @@ class SafetensorsStream {
   // Entries come widest type first, which keeps every one aligned to its element; names differ.
   SafetensorsStream(FileEngine& engine, const std::string& path, const std::vector<StreamEntry>& entries,
                     const std::map<std::string, std::string>& metadata, const StreamOptions& options);
-  ~SafetensorsStream();   // waits for what is under way; the file stays as it is
-  SafetensorsStream(const SafetensorsStream&) = delete;
-  SafetensorsStream& operator=(const SafetensorsStream&) = delete;
+  // When destroyed it waits for what is under way; the file stays as it is.
 
   void write(const void* data, int64_t bytes);
   StreamedFile finish();
@@ -53,20 +51,12 @@ class SafetensorsStream {
   const std::vector<int64_t>& offsets() const { return offsets_; }      // of each entry's first byte in the file
 
  private:
-  void send_block();
-  char* block() { return static_cast<char*>(memory_.data()) + slot_ * options_.block_bytes; }
-
-  FileEngine& engine_;
   const StreamOptions options_;
   const std::string path_;
   std::shared_ptr<EngineFile> file_;
-  platform::Buffer memory_;
-  std::vector<std::shared_ptr<Request>> under_way_;   // by slot
+  std::unique_ptr<BlockSink> sink_;
   std::vector<int64_t> offsets_;
-  StreamedFile done_;
-  int64_t total_ = 0, at_ = 0, filled_ = 0;           // filled_: bytes in the current block
-  uint32_t sum_ = 0;
-  int64_t slot_ = 0;
+  int64_t total_ = 0, at_ = 0;
 };
 
 // The first bytes of such a file: the length, the JSON and spaces up to a multiple of 4096. `offsets`: see above.

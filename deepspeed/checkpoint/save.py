@@ -10,12 +10,14 @@ import torch
 from deepspeed import _version
 from deepspeed._native import core
 from deepspeed.checkpoint import dtypes, folders, manifest
+from deepspeed.checkpoint.lanes import LEAST_BYTES, abreast, bytes_of, lane_name, lanes_of
 from deepspeed.checkpoint.pieces import Piece
 from deepspeed.checkpoint.source import CheckpointError, TensorInfo
 from deepspeed.checkpoint.tree import Encoder
 from deepspeed.telemetry import logger
 
-_CHUNK_BYTES = 64 << 20          # of a device's memory on its way through the host
+_CHUNK_BYTES = 16 << 20          # of a device's memory on its way through the host, for each writer
+_MOST_WRITERS = 4
 _OVERHEAD_BYTES = 64 << 10       # of a file: its header, the rest of its last block
 _ENTRY_BYTES = 400               # of header and manifest, for each piece
 _SCRIPT = '''#!/usr/bin/env python3
@@ -42,6 +44,7 @@ class SaveRequest:
     node_local: bool = False      # every node would have a save_dir of its own
     keep_last: int = 0            # 0: all
     say_speed: bool = False
+    writers: int = None           # threads and files a rank writes with; None: as many as it has cores to itself
     about: dict = field(default_factory=dict)
 
 
@@ -133,18 +136,24 @@ class RankFiles:
         for name, pieces in self.files.items():
             if name == self._frozen_name and self.frozen.stands():
                 continue
-            total += _OVERHEAD_BYTES + sum(_ENTRY_BYTES + p.data.numel() * p.data.element_size() for p in pieces)
+            total += _MOST_WRITERS * _OVERHEAD_BYTES + sum(_ENTRY_BYTES + p.data.numel() * p.data.element_size() for p in pieces)
         return total
 
-    def write(self, folder):
-        """(files, rows): [(name, bytes, sums)] and one row for each piece, for the manifest."""
-        files, rows = [], []
+    def write(self, folder, writers=1):
+        """(files, rows): [(name, bytes, sums)] and one row for each piece, for the manifest. writers: threads; see lanes.py."""
+        if sum(map(bytes_of, self.files.values())) < LEAST_BYTES:
+            writers = 1
+        lanes = {}
         for name, pieces in self.files.items():
+            parts = [pieces] if name == self._frozen_name else lanes_of(pieces, writers)
+            lanes.update((lane_name(name, number), part) for number, part in enumerate(parts))
+
+        def write_one(name, pieces):
             path = os.path.join(folder, name)
-            if name == self._frozen_name:
-                size, sums, offsets = self._link_or_write(path, pieces)
-            else:
-                size, sums, offsets = stream(path, pieces)
+            return self._link_or_write(path, pieces) if name == self._frozen_name else stream(path, pieces)
+
+        files, rows = [], []
+        for (name, pieces), (size, sums, offsets) in zip(lanes.items(), abreast(write_one, lanes.items(), writers)):
             files.append((name, size, sums))
             rows += [(p.name, p.kind, p.dtype, p.shape, p.order, name, p.begin, p.data.numel(), at) for p, at in zip(pieces, offsets)]
         return files, rows
@@ -216,17 +225,20 @@ class Saving:
         self.target = folders.target_of(request.save_dir, request.tag)
         self.leads = ranks.rank == 0
         self.mine = ranks.attempt(lambda: RankFiles(request, ranks, frozen), "collecting what is to be saved")
-        self.part = self.nonce = None
+        self.part = self.nonce = self.writers = None
         self.started = time.time()
 
     def prepare(self):
         """Tags agree, there is room, and the folder to write into exists."""
         request, ranks = self.request, self.ranks
-        everyone = ranks.gather((str(request.tag), folders.nonce(), socket.gethostname(), self.mine.bytes_needed()))
+        host, cores = socket.gethostname(), frozenset(os.sched_getaffinity(0))
+        everyone = ranks.gather((str(request.tag), folders.nonce(), host, cores, self.mine.bytes_needed()))
         self._validate_tags([tag for tag, *_ in everyone])
         self.nonce = everyone[0][1]
+        sharing = sum((other, theirs) == (host, cores) for _, _, other, theirs, _ in everyone)
+        self.writers = request.writers or max(1, min(_MOST_WRITERS, len(cores) // sharing))
         self.part = folders.PartFolder(self.target, self.nonce)
-        if request.node_local and len({host for _, _, host, _ in everyone}) > 1:
+        if request.node_local and len({host for _, _, host, _, _ in everyone}) > 1:
             raise CheckpointError("checkpoint.use_node_local_storage: what each of several nodes keeps for itself cannot be loaded; set it "
                                   f"to false: {_SHARED}")
         needed = sum(need for *_, need in everyone)
@@ -257,7 +269,7 @@ class Saving:
         if not os.path.isdir(self.part.path):
             raise CheckpointError(f"{self.part.path} was made by rank 0 and is not there for rank {self.ranks.rank}: {_SHARED}")
         began = time.perf_counter()
-        files, rows = self.mine.write(self.part.path)
+        files, rows = self.mine.write(self.part.path, self.writers)
         if self.request.say_speed:
             size, took_s = sum(size for _, size, _ in files), time.perf_counter() - began
             logger.info(f"checkpoint {self.target}: {size / 2**20:.1f} MiB in {took_s:.2f} s, {size / took_s / 1e9:.2f} GB/s")

@@ -66,5 +66,6 @@ def files(folder):
         return facts + [no("writable", error.strerror and _plain(error) or str(error), "give a folder you may write to by --folder")]
     facts.append(yes("writable", f"{size(_TRIED_BYTES)} written and read back"))
     facts.append(yes("O_DIRECT", "works: files can go past the page cache") if direct else
+                 Fact("O_DIRECT", "of no use: this file system is memory") if kind in ("tmpfs", "ramfs") else
                  no("O_DIRECT", "refused by this file system", _UNBUFFERED))
     return facts + [_uring(core, folder)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and loading the state of Adam training (fp32 weights and two states, 12 bytes a parameter), beside torch.save, the peer's
-save_checkpoint, and what dd reaches on the same disk in the same run.
+save_checkpoint, and what dd reaches on the same disk, and bare system calls in memory, in the same run. What two ranks left is loaded by one, DeepSpeed's own
+folder too, beside ds_to_universal and DeepSpeed's load of its result.
 
     python tests/bench/checkpoint.py --folder /data/scratch --tmpfs /dev/shm [--peer-python PYTHON] [--million 300] [--reshard-million 60]
 
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -218,22 +220,68 @@ def dd(folder, numbytes):
     return (numbytes >> 22 << 22) / took_s / 1e9 if done.returncode == 0 else None
 
 
+def bare(folder, numbytes, threads):
+    """GB/s of write(2) alone from filled memory, each thread to a file of its own, in the calls that we make: what no writer can pass."""
+    import torch
+    window = 256 << 10
+    each = numbytes // threads // window * window
+    memory = memoryview(torch.ones(each * threads // 4).view(torch.uint8).numpy())
+    paths = [os.path.join(folder, f"bare{n}.out") for n in range(threads)]
+
+    def write(n):
+        handle = os.open(paths[n], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for at in range(0, each, window):
+            if os.pwrite(handle, memory[n * each + at:n * each + at + window], at) != window:
+                raise SystemExit(f"{folder} is full")
+        os.fsync(handle)
+        os.close(handle)
+
+    took_s = []
+    for _ in range(3):
+        workers = [threading.Thread(target=write, args=(n,)) for n in range(threads)]
+        took_s.append(timed(lambda: [[w.start() for w in workers], [w.join() for w in workers]]))
+        for path in paths:
+            os.unlink(path)
+    return each * threads / min(took_s) / 1e9
+
+
+def copying(numbytes, threads):
+    """GB/s of copying memory to filled memory."""
+    import torch
+    torch.set_num_threads(threads)
+    source, target = torch.ones(numbytes // 4), torch.ones(numbytes // 4)
+    took_s = [timed(lambda: target.copy_(source)) for _ in range(3)]
+    return numbytes / min(took_s) / 1e9
+
+
 def say(label, seconds, numbytes, beside=""):
     middle = statistics.median(seconds)
     print(f"  {label:<34} {middle:7.2f} s  {numbytes / middle / 1e9:6.2f} GB/s   (each: {', '.join(f'{s:.2f}' for s in seconds)}) {beside}", flush=True)
     return middle
 
 
+def bare_ceiling(args, folder, size):
+    """In a process of its own, whose memory is gone before others begin."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import checkpoint as c; " \
+           f"print([c.bare({str(folder)!r}, {size}, n) for n in (1, {args.threads})] + [c.copying({size // 4}, n) for n in (1, {args.threads})])"
+    return json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
 def compare_saving(args, place, folder):
     size = int(args.million * 12e6)
     print(f"{place}: {args.million:g} M parameters, {size / 1e9:.2f} GB")
     work = Path(folder) / "checkpoint_bench"
-    ceiling = [dd(folder, size)]
+    in_memory = place == "memory"
+    ceiling = bare_ceiling(args, folder, size) if in_memory else [dd(folder, size)]
     ours = start(args, "ours", "ours", work, args.million)
-    ceiling.append(dd(folder, size))
+    if not in_memory:
+        ceiling.append(dd(folder, size))
     save = say("ours, save", ours["save_s"], size)
     say("ours, load (checked)", ours["load_s"], size, f"memory above training {ours['memory_above_training_mib']:.0f} MiB")
-    if ceiling[0] is not None:
+    if in_memory:
+        print(f"  write(2) alone: {ceiling[0]:.2f} GB/s from one thread, {ceiling[1]:.2f} from {args.threads}; ours is "
+              f"{size / save / 1e9 / ceiling[1]:.2f} of that; copying memory: {ceiling[2]:.2f} and {ceiling[3]:.2f}")
+    elif ceiling[0] is not None:
         best = max(ceiling)
         print(f"  dd with O_DIRECT before and after: {ceiling[0]:.2f}, {ceiling[1]:.2f} GB/s; ours is {size / save / 1e9 / best:.2f} of the faster")
     background = start(args, "background", "ours", work, args.million)
@@ -260,6 +308,8 @@ def compare_resharding(args, folder):
     mine = say("ours: load", loaded["load_s"], size)
     if args.peer_python:
         start(args, "leave", "deepspeed", work / "peer", million, ranks=2)
+        foreign = start(args, "load", "ours", work / "peer", million)
+        mine_foreign = say("ours: load of DeepSpeed's folder", foreign["load_s"], size)
         tag = (work / "peer" / "latest").read_text()
         argv = [args.peer_python, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(work / "peer" / tag), "--output_folder",
                 str(work / "peer" / "universal"), "--num_extract_workers", "2", "--num_merge_workers", "2"]
@@ -268,7 +318,7 @@ def compare_resharding(args, folder):
         convert = timed(lambda: subprocess.run(argv, env=env, check=True, capture_output=True))
         load = start(args, "load_universal", "deepspeed", work / "peer", million)["load_s"][0]
         theirs = say("DeepSpeed: ds_to_universal + load", [convert + load], size, f"({convert:.1f} s + {load:.1f} s)")
-        print(f"  {theirs / mine:.1f} x ours")
+        print(f"  {theirs / mine:.1f} x ours from our folder, {theirs / mine_foreign:.1f} x ours from DeepSpeed's own folder")
     shutil.rmtree(work, ignore_errors=True)
 
 

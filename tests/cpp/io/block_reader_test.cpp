@@ -4,13 +4,16 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <limits>
 #include <random>
+#include <tuple>
 #include <vector>
 
+#include "io/block_sink.h"
 #include "io/crc32c.h"
 #include "io/safetensors.h"
 #include "io/safetensors_stream.h"
@@ -35,11 +38,12 @@ std::vector<float> values(size_t n) {
   return v;
 }
 
-class Streams : public ::testing::TestWithParam<Backend> {
+// Each backend past the page cache where the file system allows that, and through it.
+class Streams : public ::testing::TestWithParam<std::tuple<Backend, bool>> {
  protected:
   void SetUp() override {
     EngineOptions options;
-    options.backend = GetParam();
+    std::tie(options.backend, options.direct) = GetParam();
     try {
       engine = FileEngine::create(options);
     } catch (const Error&) {
@@ -68,7 +72,7 @@ class Streams : public ::testing::TestWithParam<Backend> {
 };
 
 TEST_P(Streams, AFileReadsBackWholeByRangesAndByTheStrictReader) {
-  for (int64_t piece : {1'200'781, 4096, 999}) {
+  for (int64_t piece : {1'200'781, 300'000, 70'001, 4096, 999}) {
     const std::string path = folder / ("f" + std::to_string(piece));
     const StreamedFile written = write(path, piece, 65536);
     ASSERT_EQ(written.bytes, static_cast<int64_t>(fs::file_size(path)));
@@ -91,9 +95,27 @@ TEST_P(Streams, AFileReadsBackWholeByRangesAndByTheStrictReader) {
 }
 
 TEST_P(Streams, SumsAloneAreThoseOfTheFile) {
-  const StreamedFile written = write(folder / "g", 5000, 65536), summed = write("", 70000, 65536);
-  EXPECT_EQ(written.bytes, summed.bytes);
-  EXPECT_EQ(written.block_sums, summed.block_sums);
+  for (int64_t block : {int64_t{4096}, int64_t{65536}, int64_t{1} << 20}) {
+    const StreamedFile written = write(folder / ("g" + std::to_string(block)), 5000, block), summed = write("", 70000, block);
+    EXPECT_EQ(written.bytes, summed.bytes);
+    EXPECT_EQ(written.block_sums, summed.block_sums);
+  }
+}
+
+TEST(SafetensorsStream, AFullMemoryFileSystemIsAnErrorThatNamesTheFile) {
+  if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
+  const auto engine = FileEngine::create({});
+  const auto file = std::make_shared<EngineFile>("/dev/full", platform::File::Mode::ReadWrite, false);
+  const auto sink = make_cached_sink(file, 1 << 20);
+  const std::vector<char> much(1 << 20), little(100);
+  sink->write(little.data(), 100);   // waits for more
+  try {
+    sink->write(much.data(), 1 << 20);
+    FAIL() << "nothing was thrown";
+  } catch (const platform::FileError& error) {
+    EXPECT_EQ(error.code, ENOSPC);
+    EXPECT_NE(error.message.find("/dev/full"), std::string::npos);
+  }
 }
 
 TEST_P(Streams, DamageAndOtherSizesAreNamed) {
@@ -124,7 +146,7 @@ TEST_P(Streams, WhatDoesNotFitTheEntriesIsRefused) {
   EXPECT_THROW(SafetensorsStream(*engine, folder / "k", {{"a", DType::U8, {1}}, {"a", DType::U8, {1}}}, {}, {}), ValueError);
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, Streams, ::testing::Values(Backend::Threads, Backend::Uring));
+INSTANTIATE_TEST_SUITE_P(Backends, Streams, ::testing::Combine(::testing::Values(Backend::Threads, Backend::Uring), ::testing::Bool()));
 
 TEST(ConvertElements, RoundsAsTheScalarFunctions) {
   auto v = values(1001);
