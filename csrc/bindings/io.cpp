@@ -162,6 +162,7 @@ void read_ranges(ds::io::BlockReader& reader, const std::vector<PyRange>& ranges
 }
 
 void bind_streams(py::module_& module) {
+  py::register_local_exception<ds::io::ChecksumError>(module, "ChecksumError", PyExc_RuntimeError);
   py::class_<PyStream>(module, "SafetensorsStream", "Writes a new safetensors file piece by piece; an empty path only sums.")
       .def(py::init<const std::string&, const std::vector<std::tuple<std::string, std::string, std::vector<int64_t>>>&,
                     const std::map<std::string, std::string>&, int64_t, bool>(),

@@ -28,7 +28,7 @@ uintptr_t align_up(uintptr_t address, size_t alignment) { return (address + alig
 void* map_aligned(size_t bytes, size_t alignment) {
   const size_t reserve = bytes + (alignment > kPageBytes ? alignment : 0);
   void* base = mmap(nullptr, reserve, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  DS_CHECK(base != MAP_FAILED, "cannot allocate " << bytes << " bytes: " << std::strerror(errno));
+  DS_CHECK(base != MAP_FAILED, "cannot allocate " << bytes << " bytes: " << std::strerror(errno) << " (errno " << errno << ")");
   const uintptr_t begin = reinterpret_cast<uintptr_t>(base);
   const uintptr_t aligned = align_up(begin, alignment);
   if (aligned > begin) munmap(base, aligned - begin);

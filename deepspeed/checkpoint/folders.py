@@ -82,11 +82,11 @@ def replace_file(path, data, mode=0o666):
 
 
 def read_latest(save_dir, name=LATEST):
-    """The tag in the file `latest`; None when there is no such file."""
+    """The tag in the file `latest`; None when there is no such file. OSError when it cannot be read: the tag must not be taken for none."""
     try:
         with open(os.path.join(save_dir, name), encoding="utf-8", errors="replace") as file:
             return file.read(4096).strip() or None
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -284,7 +284,7 @@ def complete_checkpoints(save_dir):
 def _folders(save_dir):
     try:
         entries = sorted(os.scandir(save_dir), key=lambda e: e.name)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
         if entry.is_dir() and manifest.is_checkpoint(entry.path):

@@ -200,7 +200,7 @@ class Checkpoint(CheckpointSource):
 
 
 class _naming:
-    """What goes wrong with this file becomes a CheckpointError that names it."""
+    """What goes wrong with this file becomes a CheckpointError that names it; a DamageError when its bytes are not those written."""
 
     def __init__(self, path):
         self.path = path
@@ -211,7 +211,10 @@ class _naming:
     def __exit__(self, kind, error, trace):
         if kind is None or isinstance(error, CheckpointError):
             return False
-        if isinstance(error, (OSError, RuntimeError)):
-            text = str(error) if self.path in str(error) else f"{self.path}: {error}"
-            raise (file_error(error, text) if isinstance(error, OSError) else DamageError(text)) from error
+        if isinstance(error, (OSError, RuntimeError, MemoryError)):
+            said = str(error) or type(error).__name__
+            text = said if self.path in said else f"{self.path}: {said}"
+            if isinstance(error, OSError):
+                raise file_error(error, text) from error
+            raise (DamageError if isinstance(error, core().ChecksumError) else CheckpointError)(text) from error
         return False

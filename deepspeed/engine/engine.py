@@ -87,7 +87,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = self._backwards = 0
         self.losses = None
         self.optimizer = self.basic_optimizer = self.lr_scheduler = None
-        self.checkpoint_engine = self._frozen_file = self._background_saver = None
+        self.checkpoint_engine = self._frozen_file = self._background_saver = self._half_loaded = None
         self.enable_backward_allreduce = True
         self._boundary = None
         self._step_applied = False
@@ -164,6 +164,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         if self._managed is None and self._layout.shard_params:
             raise RuntimeError("this engine was destroyed and its model is sharded: pass the model to deepspeed.initialize() again. (The Hugging "
                                "Face Trainer keeps the engine it evaluated with: train with a new Trainer, or use eval_on_start=True)")
+        if self._half_loaded is not None:
+            self._refuse_half_loaded()
         if self._config.fp16.auto_cast and self._layout.compute_dtype is not None:
             inputs = cast_positional(inputs, self._layout.compute_dtype)
         watched = self._watching and self.training
@@ -276,6 +278,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
             raise AssertionError("step: called inside no_sync()")
         if not isinstance(self.optimizer, build.ShardedOptimizer):
             raise AssertionError("step: this engine has no optimizer")
+        if self._half_loaded is not None:
+            self._refuse_half_loaded()
         boundary = self.is_gradient_accumulation_boundary()
         if self._joining is not None:
             self._joining.step(boundary, lr_kwargs)

@@ -9,10 +9,14 @@ from deepspeed.checkpoint.export.stream import whole_file
 from deepspeed.checkpoint.load import Loading
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.save import FrozenFile, SaveRequest, save
+from deepspeed.checkpoint.source import CheckpointError
 from deepspeed.comm import flight
 from deepspeed.engine import checkpoint_state
 from deepspeed.telemetry import logger
 from deepspeed.zero.consolidate import full_state_dict
+
+_HALF_LOADED = ("The engine holds values from before and after: it does not train, evaluate or save until a load_checkpoint() of another "
+                "checkpoint succeeds, or it is built anew.")
 
 
 class CheckpointMethods:
@@ -30,6 +34,7 @@ class CheckpointMethods:
         what goes wrong then is raised by the first step, save or load after it, or by destroy(); what nobody has met by the end of the process is
         logged there, and the exit status is 1.
         """
+        self._refuse_half_loaded()
         checkpoint_state.warn_of_unfinished(self)
         ranks, cfg = Ranks(), self._config.checkpoint
         holdings = checkpoint_state.holdings_of(self)
@@ -44,7 +49,7 @@ class CheckpointMethods:
             state=checkpoint_state.state_of(self, holdings, client_state, excluded),
             rank_state=checkpoint_state.rank_state_of(self, holdings), aliases=aliases, save_latest=save_latest,
             tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, keep_last=cfg.keep_last,
-            say_speed=cfg.writer is not None and cfg.writer.show_statistics)
+            say_speed=cfg.writer is not None and cfg.writer.show_statistics, writers=self._writers())
         if self._frozen_file is None:
             self._frozen_file = FrozenFile()
         if self._background_saver is not None:
@@ -52,6 +57,12 @@ class CheckpointMethods:
         else:
             save(request, ranks, self._frozen_file)
         return True
+
+    def _writers(self):
+        """Threads to write with; None: by the cores. In the background it is one, since training has the cores."""
+        if self._background_saver is not None:
+            return 1
+        return self._config.checkpoint.writer.io_multiplier if self._config.is_set("checkpoint.writer.io_multiplier") else None
 
     def _prepare_saving(self):
         """At the end of construction: memory for the copies of background saves."""
@@ -76,6 +87,8 @@ class CheckpointMethods:
 
         Returns (the checkpoint's folder, client_state), or (None, None) when load_dir holds nothing to continue from. tag None: what the
         file `latest` names; a checkpoint that is torn or damaged is then skipped, with its reason in the log, for the newest good one.
+        When none is whole, or reading fails for want of rights, memory or files, CheckpointError names the file; where values had been changed by
+        then, the error says so and the engine refuses to go on until a load succeeds.
         load_module_strict: CheckpointError, listing all of them, when parameters are missing, unknown or of another shape; otherwise
         what fits is loaded and the rest is reported. load_module_only: weights and buffers, nothing else.
         custom_load_fn(src=state dict, dst=module) puts the weights into the module.
@@ -94,12 +107,18 @@ class CheckpointMethods:
             if not load_module_only:
                 checkpoint_state.check(self, source, load_lr_scheduler_states)
 
-        source = load_best(found, tag is not None,
-                           lambda folder: self._load_from(folder, ranks, load_module_strict, with_states, custom_load_fn, check))
-        if not load_module_only:
-            ranks.attempt(lambda: checkpoint_state.continue_from(self, source, load_optimizer_states, load_lr_scheduler_states),
-                          f"continuing from {source.path}")
-            flight.state.step = self.global_steps
+        try:
+            source = load_best(found, tag is not None,
+                               lambda folder: self._load_from(folder, ranks, load_module_strict, with_states, custom_load_fn, check))
+            if not load_module_only:
+                ranks.attempt(lambda: checkpoint_state.continue_from(self, source, load_optimizer_states, load_lr_scheduler_states),
+                              f"continuing from {source.path}")
+                flight.state.step = self.global_steps
+        except CheckpointError as error:
+            if self._half_loaded is not None:
+                raise type(error)(f"{error}\n{_HALF_LOADED}") from error
+            raise
+        self._half_loaded = None
         return source.path, checkpoint_state.client_state_of(source)
 
     def _load_candidates(self, load_dir, tag):
@@ -119,6 +138,7 @@ class CheckpointMethods:
             return loading
 
         loading = ranks.attempt(plan, what)
+        self._half_loaded = folder   # until all is done
         ranks.together(loading.apply, what)
         loading.take_over()
         ranks.attempt(loading.settle, what)
@@ -127,6 +147,10 @@ class CheckpointMethods:
         if ranks.rank == 0:
             loading.say()
         return loading.source
+
+    def _refuse_half_loaded(self):
+        if self._half_loaded is not None:
+            raise RuntimeError(f"loading {self._half_loaded} has failed midway. {_HALF_LOADED}")
 
     def _load_by(self, custom_load_fn, loading):
         """The caller's function puts the weights in; where it leaves what was loaded, the masters keep their further digits."""
@@ -151,6 +175,7 @@ class CheckpointMethods:
         """The model's weights in one file, written by rank 0. False, with nothing written, when parameters are sharded and
         gather_16bit_weights_on_model_save is off. Collective when parameters are sharded: what goes wrong is then raised as CheckpointError
         on all ranks; otherwise only rank 0 has work, and raises what stops it."""
+        self._refuse_half_loaded()
         if self._layout.shard_params:
             if not self.zero_gather_16bit_weights_on_model_save():
                 return False

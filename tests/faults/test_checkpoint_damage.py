@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are not what was written: never loaded, always named, and the newest good one takes their place."""
+import errno
 import os
 import random
+import resource
 import shutil
 
 import pytest
@@ -10,7 +12,8 @@ import torch.distributed as dist
 
 from deepspeed.checkpoint import Checkpoint, CheckpointError
 from deepspeed.checkpoint.filling import Filling
-from tests.parity.everything import assert_same, config, everything, start, state, train
+from deepspeed.checkpoint.source import DamageError
+from tests.parity.everything import assert_same, config, everything, rows, start, state, train
 from tests.parity.launch import on_ranks, run
 
 
@@ -126,6 +129,101 @@ def test_only_damage_leads_to_an_older_checkpoint(tmp_path):
     finally:
         Filling.run = run_it
     assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step1")
+    engine.destroy()
+
+
+class Narrowed:
+    """Reading a checkpoint's data as this process finds it with no more open files, or as another user."""
+
+    def __init__(self, way):
+        self.way, self.fill = way, Filling.run
+
+    def __enter__(self):
+        narrow = getattr(self, self.way)
+        Filling.run = lambda filling: narrow(filling)
+
+    def __exit__(self, *exc):
+        Filling.run = self.fill
+
+    def files(self, filling):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            self.fill(filling)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    def rights(self, filling):
+        os.seteuid(65534)
+        try:
+            self.fill(filling)
+        finally:
+            os.seteuid(0)
+
+
+@on_ranks(1)
+@pytest.mark.parametrize("way, code", [("files", errno.EMFILE), ("rights", errno.EACCES)])
+def test_what_the_system_refuses_is_no_damage(tmp_path, way, code):
+    if way == "rights" and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    older, newer = two_saves(tmp_path), str(tmp_path / "global_step2")
+    data = os.path.join(newer, "state_00000_of_00001.safetensors")
+    os.chmod(data, 0o600)
+    engine = start(config(1), everything(seed=5))
+    with Narrowed(way), pytest.raises(CheckpointError) as error:
+        engine.load_checkpoint(tmp_path)
+    assert not isinstance(error.value, DamageError)
+    assert newer in str(error.value) and "_00000_of_00001.safetensors" in str(error.value) and f"errno {code}" in str(error.value).lower() and "global_step1" not in str(error.value)
+    assert engine.load_checkpoint(tmp_path)[0] == newer
+    flip(data, os.path.getsize(data) - 5)
+    assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step1")
+    assert_same(state(engine), older)
+    engine.destroy()
+
+
+@on_ranks(1)
+def test_a_pointer_that_cannot_be_read_is_not_taken_for_none(tmp_path):
+    two_saves(tmp_path)
+    os.unlink(tmp_path / "latest")
+    os.symlink("latest", tmp_path / "latest")   # ELOOP
+    engine = start(config(1), everything(seed=5))
+    with pytest.raises(CheckpointError, match="(?s)latest.*symbolic links|symbolic links.*latest"):
+        engine.load_checkpoint(tmp_path)
+    engine.destroy()
+
+
+def one_step(engine, width):
+    loss = engine(rows(0, dist.get_rank(), dist.get_world_size(), width))
+    engine.backward(loss)
+    engine.step()
+
+
+@on_ranks(2)
+def test_a_load_that_fails_midway_leaves_an_engine_that_refuses(tmp_path):
+    width = 500   # files of several blocks: what is read before anything changes is whole
+    engine = start(config(2), everything(width=width))
+    one_step(engine, width)
+    for folder in ("bad", "good"):
+        engine.save_checkpoint(tmp_path / folder)
+    older = state(engine)
+    engine.destroy()
+    if dist.get_rank() == 0:
+        flip(tmp_path / "bad" / "global_step1" / "state_00001_of_00002.safetensors", 5000)
+    dist.barrier()
+    engine = start(config(2), everything(seed=5, width=width))
+    for tag in (None, "global_step1"):
+        with pytest.raises(CheckpointError, match="(?s)is damaged.*before and after.*load_checkpoint.*built anew"):
+            engine.load_checkpoint(tmp_path / "bad", tag)
+        for work in (lambda: one_step(engine, width), engine.step, lambda: engine.save_checkpoint(tmp_path / "c"),
+                     lambda: engine.save_16bit_model(tmp_path / "c")):
+            with pytest.raises(RuntimeError, match="loading .*bad.* has failed midway"):
+                work()
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(CheckpointError, match="before and after"):
+        engine.load_checkpoint(tmp_path / "good", "no_such")
+    engine.load_checkpoint(tmp_path / "good")
+    assert_same(state(engine), older)
+    one_step(engine, width)
     engine.destroy()
 
 
