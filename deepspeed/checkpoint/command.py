@@ -58,7 +58,7 @@ def _ls(chosen):
         return _list_tags(chosen.folder)
     source = open_checkpoint(chosen.folder, chosen.tag)
     print(f"{source.path}\n{describe(source)}\n")
-    rows = [(name, kind, info.dtype, _shape(info.shape), size_text(info.bytes), len(info.pieces))
+    rows = [(name, kind, info.dtype, _shape(info.shape), size_text(info.nbytes), len(info.pieces))
             for (name, kind), info in source.tensors.items() if kind != "object" and (not chosen.kind or kind in chosen.kind)]
     print(table(("tensor", "kind", "dtype", "shape", "size", "pieces"), rows, right=(4, 5)))
     for alias, name in source.aliases.items():

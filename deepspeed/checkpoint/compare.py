@@ -36,7 +36,7 @@ def differences(first, second, progress=None):
 
 def compared_bytes(first, second):
     """How many bytes of the first differences() will read."""
-    return sum(info.bytes for key, info in first.tensors.items() if key in second.tensors and key[1] != "object" and info.shape == second.tensors[key].shape)
+    return sum(info.nbytes for key, info in first.tensors.items() if key in second.tensors and key[1] != "object" and info.shape == second.tensors[key].shape)
 
 
 def _values(one, other, progress):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretrained weights into a model, sharded ones slice by slice: each rank reads the bytes it keeps."""
 import json
+import math
 import os
 from typing import NamedTuple
 
@@ -106,14 +107,14 @@ def read_safetensors(path):
     """{name: TensorRef} of a file."""
     try:
         listed = core().SafetensorsReader(path).tensors   # checks that entries follow each other and fill the file
-        at = os.path.getsize(path) - sum(ITEM_BYTES[dtype] * _count(shape) for dtype, shape in listed.values())
+        at = os.path.getsize(path) - sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in listed.values())
     except (OSError, RuntimeError, ValueError) as error:
         text = str(error)
         raise CheckpointError(text if path in text else f"{path}: {text}") from error
     references = {}
     for name, (dtype, shape) in listed.items():
-        count = _count(shape)
-        stride = [_count(shape[i + 1:]) for i in range(len(shape))]
+        count = math.prod(shape)
+        stride = [math.prod(shape[i + 1:]) for i in range(len(shape))]
         references[name] = TensorRef(StorageRef(path, at, dtype, count), 0, shape, stride)
         at += count * ITEM_BYTES[dtype]
     return references
@@ -128,13 +129,6 @@ def _read_torch(path):
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: is not a state_dict")
     return {name: value for name, value in state.items() if isinstance(value, TensorRef)}
-
-
-def _count(shape):
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 # ---- names

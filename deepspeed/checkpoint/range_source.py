@@ -2,8 +2,8 @@
 """A CheckpointSource over tensors that can be read by ranges, whatever files they lie in."""
 from deepspeed.checkpoint import dtypes
 from deepspeed.checkpoint.export.elements import convert
-from deepspeed.checkpoint.export.stream import CHUNK_BYTES
-from deepspeed.checkpoint.source import CheckpointError, CheckpointSource
+from deepspeed.checkpoint.export.stream import CHUNK_BYTES, chunks
+from deepspeed.checkpoint.source import CheckpointError, CheckpointSource, file_error
 
 
 class RangeSource(CheckpointSource):
@@ -18,9 +18,20 @@ class RangeSource(CheckpointSource):
             try:
                 _read(self._readers[name, kind], f"{kind} of '{name}'", begin, numel, dtype, memoryview(buffer).cast("B"))
             except OSError as error:
-                raise CheckpointError(f"{error.filename or self.path}: {error.strerror or error}") from error
+                raise file_error(error, f"{error.filename or self.path}: {error.strerror or error}") from error
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
+
+    def verify(self):
+        """Such files carry no checksums: what can be told is whether all of it can be read."""
+        problems = []
+        for tensor in self._readers.values():
+            try:
+                for _ in chunks(tensor, tensor.dtype):
+                    pass
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+        return problems
 
 
 def _read(tensor, what, begin, numel, dtype, view):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint is to its readers, whoever wrote it."""
+import abc
 import errno
 from typing import NamedTuple
 
-from deepspeed.checkpoint import dtypes
+from deepspeed.checkpoint import dtypes, extent
 
 
 class CheckpointError(RuntimeError):
@@ -14,11 +15,13 @@ class DamageError(CheckpointError):
     """A checkpoint is not whole, or not what was written: another one may take its place. Whatever else goes wrong would go wrong again."""
 
 
-_GONE_OR_UNREADABLE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+_GONE_OR_UNREADABLE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, None)   # None: the file ends too early
 
 
 def file_error(error, text):
     """The CheckpointError for an OSError. Too many open files, missing rights and the like say nothing about the checkpoint."""
+    if error.errno is not None and f"errno {error.errno}" not in text.lower():
+        text += f" (errno {error.errno})"
     return (DamageError if error.errno in _GONE_OR_UNREADABLE else CheckpointError)(text)
 
 
@@ -32,19 +35,10 @@ class TensorInfo(NamedTuple):
     order: tuple    # () is row-major
     pieces: tuple   # (file, begin, numel, byte offset); for listing only
 
-    @property
-    def numel(self):
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
-
-    @property
-    def bytes(self):
-        return self.numel * dtypes.item_bytes(self.dtype)
+    numel, nbytes = extent.numel, extent.nbytes
 
 
-class CheckpointSource:
+class CheckpointSource(abc.ABC):
     """A checkpoint that can be read: ours (manifest.Checkpoint) or an adapter over another format.
 
     Attributes:
@@ -68,17 +62,17 @@ class CheckpointSource:
     aliases = {}
     state = {}
 
+    @abc.abstractmethod
     def read_into(self, requests):
         """Fills buffers. requests: [(name, kind, begin, numel, dtype, buffer)], where dtype is that of the tensor or, both being among
         dtypes.CONVERTIBLE, another one to convert to, and buffer a writable contiguous one of numel elements."""
-        raise NotImplementedError
 
     def check(self, keys=None):
         """CheckpointError unless what the tensors `keys` (all: None) lie in is there and whole as far as can be told without reading it."""
 
+    @abc.abstractmethod
     def verify(self):
         """Reads everything; a list of what is wrong, empty when all is well."""
-        raise NotImplementedError
 
     def slice_parts(self):
         """{parameter: [(begin, numel, {key: value})]}: what a client's optimizer keeps beside slices, such as torch's "step", by the

@@ -20,7 +20,7 @@ from deepspeed.checkpoint import dtypes, restricted_pickle
 from deepspeed.telemetry import logger
 
 _INLINE_BYTES = 64
-_DEPTH = 200
+_DEPTH = 100   # reading takes four frames a level, and Python has a thousand
 _FACTORIES = {"list": list, "dict": dict, "set": set, "int": int, "float": float, "str": str, "tuple": tuple, "bool": bool}
 
 

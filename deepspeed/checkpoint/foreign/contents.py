@@ -5,7 +5,7 @@ Kinds are those of our own format: "weight" (as stored), "fp32" (master), "buffe
 """
 from typing import NamedTuple
 
-from deepspeed.checkpoint.foreign.tensor_ref import ITEM_BYTES
+from deepspeed.checkpoint import extent
 
 
 class ForeignCheckpointError(ValueError):
@@ -35,20 +35,7 @@ class ForeignTensor:
         if end != self.numel:
             raise ForeignCheckpointError(f"{kind} of '{name}': {end} elements are stored, its shape {list(self.shape)} has {self.numel}")
 
-    @property
-    def numel(self):
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
-
-    @property
-    def item_bytes(self):
-        return ITEM_BYTES[self.dtype]
-
-    @property
-    def nbytes(self):
-        return self.numel * self.item_bytes
+    numel, item_bytes, nbytes = extent.numel, extent.item_bytes, extent.nbytes
 
     def read_into(self, begin, buffer):
         """Fills the writable byte buffer with elements from `begin` on, in row-major order and the stored dtype."""

@@ -7,6 +7,7 @@
     stage 3       per sub-group of parameters: fp32_flat_groups[g] and optimizer_state_dict[...][g] are one slice of every parameter, end to end;
                   rank r of n holds elements [r*k, (r+1)*k) of each, k = ceil(numel / n), the last ones padded.
 """
+import math
 import os
 import re
 
@@ -147,9 +148,7 @@ def read_slices(contents, states, paths, model_paths):
 
 
 def _partition(shape, ranks):
-    numel = 1
-    for extent in shape:
-        numel *= extent
+    numel = math.prod(shape)
     return numel, -(-numel // ranks)
 
 

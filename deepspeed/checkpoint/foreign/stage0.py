@@ -5,6 +5,7 @@ Note [Names at stage 0]: torch numbers an optimizer's parameters through its gro
 which name. Who loads into an engine knows the names of its groups and passes them. Without an engine the numbers are matched by what is
 unmistakable: fp32 masters whose rounding is a stored weight, or shapes that fit the trained parameters in one way only.
 """
+import math
 import numpy
 
 from deepspeed.checkpoint.foreign import module_states
@@ -55,10 +56,7 @@ def _read_scaler(contents, saved):
 
 
 def _shaped(kind, name, reference, shape, at=0):
-    count = 1
-    for extent in shape:
-        count *= extent
-    return ForeignTensor(kind, name, reference.dtype, shape, [Piece(0, count, reference, at)])
+    return ForeignTensor(kind, name, reference.dtype, shape, [Piece(0, math.prod(shape), reference, at)])
 
 
 def _read_states(contents, name, states, place, shape, at=0):

@@ -4,6 +4,8 @@ import os
 
 import numpy
 
+from deepspeed.checkpoint import extent
+
 # torch's name -> safetensors' name
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
           "uint8": "U8", "bool": "BOOL", "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -21,9 +23,7 @@ class StorageRef:
     def __init__(self, path, offset_bytes, dtype, numel):
         self.path, self.offset_bytes, self.dtype, self.numel = path, offset_bytes, dtype, numel
 
-    @property
-    def nbytes(self):
-        return self.numel * ITEM_BYTES[self.dtype]
+    nbytes = extent.nbytes
 
     def viewed_as(self, dtype):
         return StorageRef(self.path, self.offset_bytes, dtype, self.nbytes // ITEM_BYTES[dtype])
@@ -56,16 +56,7 @@ class TensorRef:
     def dtype(self):
         return self.storage.dtype
 
-    @property
-    def numel(self):
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
-
-    @property
-    def item_bytes(self):
-        return ITEM_BYTES[self.dtype]
+    numel, item_bytes = extent.numel, extent.item_bytes
 
     def is_contiguous(self):
         expected = 1

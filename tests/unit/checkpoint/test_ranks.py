@@ -3,8 +3,9 @@ import pytest
 
 from deepspeed.checkpoint import folders
 from deepspeed.checkpoint.choosing import candidates, load_best
+from deepspeed.checkpoint.range_source import RangeSource
 from deepspeed.checkpoint.ranks import Ranks
-from deepspeed.checkpoint.source import CheckpointError, CheckpointSource, DamageError
+from deepspeed.checkpoint.source import CheckpointError, DamageError
 from tests.unit.checkpoint.by_hand import write_checkpoint
 
 
@@ -54,7 +55,7 @@ def test_a_tag_whose_writer_was_killed_between_two_renames(tag, tmp_path):
     asides = {digit: target.parent / f".{target.name}.part-{digit * 16}" for digit in "abc"}
     other = target.parent / f".x{target.name}.part-{'d' * 16}"
     for saved_at, folder in enumerate([asides["a"], asides["b"], other, asides["c"]]):
-        write_checkpoint(CheckpointSource(), folder, 1, saved_at=saved_at, save_latest=True)
+        write_checkpoint(RangeSource("nothing", {}, {}), folder, 1, saved_at=saved_at, save_latest=True)
     alive = folders.Lock(f"{asides['c']}.lock")
     try:
         assert candidates(str(tmp_path), tag) == [str(asides["b"])]
