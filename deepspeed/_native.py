@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 
+_whole = {}   # modules whose import is over; sys.modules also has those that another thread is importing
 _BUILD_HINT = "Build it with `pip install .` from the source tree, with the same Python that runs this script."
 
 
@@ -24,7 +25,8 @@ def _extension_exists(name):
 
 def _load(name):
     try:
-        return importlib.import_module("deepspeed." + name)
+        module = _whole[name] = importlib.import_module("deepspeed." + name)
+        return module
     except ModuleNotFoundError as error:
         if error.name != "deepspeed." + name:
             raise
@@ -38,13 +40,14 @@ def _load(name):
 
 def core():
     """The compiled module that needs no torch."""
-    return _load("_core")   # not sys.modules' entry, which another thread may be filling
+    return _whole.get("_core") or _load("_core")
 
 
 def lib():
     """The compiled module that stands on torch; imports torch first."""
-    if "deepspeed._C" in sys.modules:
-        return _load("_C")   # waits while another thread imports it
+    module = _whole.get("_C")   # torch.compile follows this line, and could not follow an import
+    if module is not None:
+        return module
     try:
         import torch
     except ModuleNotFoundError as error:

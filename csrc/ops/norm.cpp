@@ -30,9 +30,9 @@ int64_t rows_of(const at::Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / 
 
 constexpr int64_t kForwardElements = 1 << 15;  // of a chunk
 
-// Note [Sums over rows]: the gradients of weight and bias are sums over all rows, in three levels, so that rounding errors do not grow with
-// the number of rows: a run of kRun rows, the runs of a chunk, the chunks. Each level adds in order, and the cuts depend on sizes alone.
-constexpr int64_t kRun = 32;
+// Note [Sums over rows]: the gradients of weight and bias are sums over all rows. The kernel adds up some rows, a chunk adds these sums in
+// pairs, the chunks are added in order: rounding errors hardly grow with the number of rows. The cuts depend on sizes alone.
+constexpr int64_t kSummedRows = 16;
 
 // Rows of a chunk of backward. A chunk has its own sums, so it should have many rows, and there should be few chunks; yet each thread should
 // get some.
@@ -43,16 +43,25 @@ int64_t backward_rows(int64_t rows, int64_t columns) {
   return chunks_of(std::max(by_size, by_count), kLeast) * kLeast;
 }
 
-// Rows [begin, end), and their sums: `chunk` and `run` hold [columns] of dweight, then of dbias (layer norm).
-void backward_chunk(const kernels::NormBackward& arguments, int64_t begin, int64_t end, float* chunk, float* run) {
+// Rows [begin, end), and their sums: [columns] of dweight, then of dbias (layer norm). `spare` has room for such sums for every halving.
+void backward_chunk(const kernels::NormBackward& arguments, int64_t begin, int64_t end, float* sums, float* spare) {
   const bool layer = arguments.norm == Norm::Layer;
   const int64_t columns = arguments.columns, stride = columns * (layer ? 2 : 1);
-  for (int64_t row = begin; row < end; row += kRun) {
-    float* sums = row == begin ? chunk : run;
+  if (end - begin <= kSummedRows) {
     std::memset(sums, 0, static_cast<size_t>(stride) * sizeof(float));
-    kernels::norm_backward(arguments, row, std::min(end, row + kRun), sums, layer ? sums + columns : nullptr);
-    if (row != begin) kernels::accumulate(chunk, run, DType::F32, 1.0f, stride);
+    kernels::norm_backward(arguments, begin, end, sums, layer ? sums + columns : nullptr);
+    return;
   }
+  const int64_t half = begin + chunks_of(chunks_of(end - begin, kSummedRows), 2) * kSummedRows;
+  backward_chunk(arguments, begin, half, sums, spare);
+  backward_chunk(arguments, half, end, spare, spare + stride);
+  kernels::accumulate(sums, spare, DType::F32, 1.0f, stride);
+}
+
+int64_t halvings(int64_t rows) {
+  int64_t count = 0;
+  for (int64_t parts = chunks_of(rows, kSummedRows); parts > 1; parts = chunks_of(parts, 2)) ++count;
+  return count;
 }
 
 // The chunks' sums [chunks, stride], joined in order and rounded to the parameter's dtype.
@@ -148,8 +157,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(const NormGradI
   }
   const at::Tensor partials = at::empty({chunks, stride}, h.options().dtype(at::kFloat));
   for_chunks(rows, chunk, [&](int64_t index, int64_t begin, int64_t end) {
-    std::vector<float> run(static_cast<size_t>(stride));
-    backward_chunk(arguments, begin, end, mutable_floats(partials) + index * stride, run.data());
+    std::vector<float> spare(static_cast<size_t>(stride * halvings(end - begin)));
+    backward_chunk(arguments, begin, end, mutable_floats(partials) + index * stride, spare.data());
   });
   const at::ScalarType dtype = *in.parameter_dtype;
   const at::Tensor dweight = joined(partials, chunks, stride, 0, columns, dtype);

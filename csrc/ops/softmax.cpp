@@ -2,6 +2,7 @@
 // deepspeed::scaled_masked_softmax and its backward: tensors to rows and masks seen through strides.
 #include "kernels/softmax/softmax.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -107,12 +108,15 @@ struct Backward {
   at::Tensor grad, y, dx;
   SoftmaxRows s;
 
-  Backward(const at::Tensor& grad_, const at::Tensor& y_, double scale, bool causal) : s(rows_of(y_, "y", scale, causal)) {
+  // in_place: dx takes the gradient's memory. An element is read before it is written.
+  Backward(const at::Tensor& grad_, const at::Tensor& y_, double scale, bool causal, bool in_place) : s(rows_of(y_, "y", scale, causal)) {
     check_like(grad_, "grad", y_, "y");
+    TORCH_CHECK_VALUE(!in_place || grad_.is_contiguous(), "grad must be contiguous to be overwritten");
     grad = grad_.contiguous();
     y = y_.contiguous();
-    dx = fresh_like(y);
-    s.past_caches = dx.nbytes() >= kPastCachesBytes;
+    TORCH_CHECK_VALUE(!in_place || at::get_overlap_status(grad, y) == at::MemOverlapStatus::No, "grad and y must not overlap");
+    dx = in_place ? grad : fresh_like(y);
+    s.past_caches = !in_place && dx.nbytes() >= kPastCachesBytes;
   }
   int64_t rows() const { return y.numel() / s.columns; }
 };
@@ -127,14 +131,22 @@ at::Tensor forward_cpu(const at::Tensor& x, const OptionalTensor& mask, double s
   return f.y;
 }
 
-at::Tensor backward_cpu(const at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
-  const Backward b(grad, y, scale, causal);
+at::Tensor run_backward_cpu(const Backward& b) {
   if (b.y.numel() == 0) return b.dx;
   void* dx = mutable_data(b.dx);
   const void *dy = data(b.grad), *p = data(b.y);
   const DType dtype = to_dtype(b.y.scalar_type());
   for_rows(b.s, b.rows(), [&](int64_t begin, int64_t end) { kernels::softmax_backward(dx, dy, p, dtype, b.s, begin, end); });
   return b.dx;
+}
+
+at::Tensor backward_cpu(const at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
+  return run_backward_cpu({grad, y, scale, causal, false});
+}
+
+void backward_cpu_(at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
+  run_backward_cpu({grad, y, scale, causal, true});
+  mark_written(grad);
 }
 
 #ifdef DS_WITH_CUDA
@@ -146,12 +158,21 @@ at::Tensor forward_cuda(const at::Tensor& x, const OptionalTensor& mask, double 
   return f.y;
 }
 
-at::Tensor backward_cuda(const at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
-  const OnGpu gpu(y);
-  const Backward b(grad, y, scale, causal);
+at::Tensor run_backward_cuda(const OnGpu& gpu, const Backward& b) {
   if (b.y.numel() == 0) return b.dx;
   kernels::softmax_backward(mutable_data(b.dx), data(b.grad), data(b.y), to_dtype(b.y.scalar_type()), b.s, b.rows(), gpu.stream());
   return b.dx;
+}
+
+at::Tensor backward_cuda(const at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
+  const OnGpu gpu(y);
+  return run_backward_cuda(gpu, {grad, y, scale, causal, false});
+}
+
+void backward_cuda_(at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
+  const OnGpu gpu(y);
+  run_backward_cuda(gpu, {grad, y, scale, causal, true});
+  mark_written(grad);
 }
 #endif
 
@@ -165,6 +186,8 @@ at::Tensor backward_meta(const at::Tensor& grad, const at::Tensor& y, double sca
   return at::empty_like(y, at::MemoryFormat::Contiguous);
 }
 
+void backward_meta_(at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {}
+
 at::Tensor call_forward(const at::Tensor& x, const OptionalTensor& mask, double scale, bool causal) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::scaled_masked_softmax", "").typed<decltype(forward_cpu)>();
   return op.call(x, mask, scale, causal);
@@ -173,6 +196,11 @@ at::Tensor call_forward(const at::Tensor& x, const OptionalTensor& mask, double 
 at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::scaled_masked_softmax_backward", "").typed<decltype(backward_cpu)>();
   return op.call(grad, y, scale, causal);
+}
+
+void call_backward_(at::Tensor grad, const at::Tensor& y, double scale, bool causal) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::scaled_masked_softmax_backward_", "").typed<decltype(backward_cpu_)>();
+  op.call(grad, y, scale, causal);
 }
 
 class SoftmaxFunction : public torch::autograd::Function<SoftmaxFunction> {
@@ -194,7 +222,13 @@ class SoftmaxFunction : public torch::autograd::Function<SoftmaxFunction> {
     const double scale = ctx->saved_data["scale"].toDouble();
     const bool causal = ctx->saved_data["causal"].toBool();
     const auto gradient = [&](double by) {
-      if (!at::GradMode::is_enabled()) return call_backward(grad, y, by, causal);
+      // Scores are the largest thing in attention: a gradient that nobody else holds becomes theirs, and nothing is allocated.
+      if (!at::GradMode::is_enabled()) {
+        const bool in_place = is_owned(grad) && grad.is_contiguous() && y.is_contiguous() && grad.scalar_type() == y.scalar_type();
+        if (!in_place) return call_backward(grad, y, by, causal);
+        call_backward_(grad, y, by, causal);
+        return grad;
+      }
       return y.mul(by).mul(grad.sub(grad.mul(y).sum(-1, true)));  // to be differentiated once more; y is 0 where causality hides
     };
     if (!mask.defined()) return {gradient(scale), {}, {}, {}};
@@ -212,20 +246,24 @@ at::Tensor forward_autograd(const at::Tensor& x, const OptionalTensor& mask, dou
 TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
   m.def("scaled_masked_softmax(Tensor x, Tensor? mask, float scale, bool causal) -> Tensor");
   m.def("scaled_masked_softmax_backward(Tensor grad, Tensor y, float scale, bool causal) -> Tensor");
+  m.def("scaled_masked_softmax_backward_(Tensor(a!) grad, Tensor y, float scale, bool causal) -> ()");
 }
 TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
   m.impl("scaled_masked_softmax", forward_cpu);
   m.impl("scaled_masked_softmax_backward", backward_cpu);
+  m.impl("scaled_masked_softmax_backward_", backward_cpu_);
 }
 #ifdef DS_WITH_CUDA
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
   m.impl("scaled_masked_softmax", forward_cuda);
   m.impl("scaled_masked_softmax_backward", backward_cuda);
+  m.impl("scaled_masked_softmax_backward_", backward_cuda_);
 }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   m.impl("scaled_masked_softmax", forward_meta);
   m.impl("scaled_masked_softmax_backward", backward_meta);
+  m.impl("scaled_masked_softmax_backward_", backward_meta_);
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("scaled_masked_softmax", forward_autograd); }
 

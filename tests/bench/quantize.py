@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blockwise quantisation against the same formula in torch operations, eager and compiled, and a plain copy of the same bytes.
 
-    python tests/bench/quantize.py --threads 2 [--device cuda] [--numel 16777216] [--compiled 1]
+    python tests/bench/quantize.py --threads 2 [--device cuda] [--numel 16777216] [--compiled]
 
 DeepSpeed 0.19.8 has no quantiser for the CPU (its accelerator there answers NotImplementedBuilder). Bytes: x in and codes and scales out, or
 the other way round.
@@ -179,4 +179,4 @@ def cases(args):
 
 
 if __name__ == "__main__":
-    main(__doc__, cases, numel=1 << 24, compiled=0)
+    main(__doc__, cases, numel=1 << 24)

@@ -63,6 +63,7 @@ DS_SOFTMAX_BOTH int64_t mask_offset(const MaskView& m, int64_t row) {
 }
 
 void softmax(void* y, const void* x, DType dtype, const SoftmaxRows& s, const MaskView& mask, int64_t begin, int64_t end);
+// dx may be dy.
 void softmax_backward(void* dx, const void* dy, const void* y, DType dtype, const SoftmaxRows& s, int64_t begin, int64_t end);
 
 // Plain scalar loops in float64: the oracle of the tests.
