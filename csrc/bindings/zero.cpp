@@ -51,7 +51,8 @@ class Guards {
     }
   }
   void drop(int unit, py::handle param) {
-    auto& entries = units_.at(unit);
+    if (static_cast<size_t>(unit) >= units_.size()) return;   // one rank owns everything: nothing is ever guarded
+    auto& entries = units_[unit];
     for (size_t i = 0; i < entries.size(); ++i) {
       if (entries[i].param.is(param)) {
         entries.erase(entries.begin() + static_cast<int64_t>(i));
@@ -132,7 +133,8 @@ void bind_store(py::module_& m) {
            py::arg("full_master"), py::arg("align_numel") = 64)
       .def("add_unit", &add_unit, py::arg("name"), py::arg("params"), py::arg("names"), py::arg("trainable"), py::arg("dtypes"),
            py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"), py::arg("vacant") = false)
-      .def("gather", [](PyStore& s, int unit, const std::string& phase) { s.gather(unit, comm::intern(phase)); }, Release())
+      .def("gather", [](PyStore& s, int unit, const std::string& phase, bool prefetch) { s.gather(unit, comm::intern(phase), prefetch); },
+           py::arg("unit"), py::arg("phase"), py::arg("prefetch") = false, Release())
       .def("release", &PyStore::release, py::arg("unit"), py::arg("part_from_holders") = false, Release())
       .def("check_params", &PyStore::check_params, Release())
       .def("stay_frozen", [](PyStore& s, int param) { s.params().at(param).stays_frozen = true; })

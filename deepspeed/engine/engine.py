@@ -20,11 +20,13 @@ from deepspeed.engine.layout import layout_of
 from deepspeed.engine.reduction import GradientReduction
 from deepspeed.engine.reporting import Reporting
 from deepspeed.engine.saving import CheckpointMethods
+from deepspeed.engine.states import StateMethods
+from deepspeed.engine.weights import WeightMethods
 from deepspeed.zero.offload import DeepSpeedZeRoOffload
 
 
 class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReduction, Compilation, CheckpointMethods, Reporting,
-                      torch.nn.Module):
+                      StateMethods, WeightMethods, torch.nn.Module):
     """What initialize() returns. Call it like the model; then backward(loss) and step() for every micro-batch.
 
     `module` is the caller's own model, whose parameters now live in the engine's buffers. Unknown attributes are looked up
@@ -204,6 +206,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         loss scaling.
         """
         self._check_loss(loss)
+        self._refuse_without_states("backward", weights_only=True)
         managed = self._managed
         if self._watching:
             self._begin("backward")
@@ -280,6 +283,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
             raise AssertionError("step: this engine has no optimizer")
         if self._half_loaded is not None:
             self._refuse_half_loaded()
+        self._refuse_without_states("step")
         boundary = self.is_gradient_accumulation_boundary()
         if self._joining is not None:
             self._joining.step(boundary, lr_kwargs)
@@ -348,14 +352,6 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
 
     def eval(self):
         return self.train(False)
-
-    def offload_states(self, include=None, device="cpu", pin_memory=True, non_blocking=False):
-        raise NotImplementedError("offload_states: moving the states of training out of the accelerator is not built yet; destroy() frees "
-                                  "them all, and save_16bit_model() keeps the weights")
-
-    def reload_states(self, non_blocking=False):
-        raise NotImplementedError("reload_states: moving the states of training out of the accelerator is not built yet, so there is "
-                                  "nothing to bring back")
 
     def empty_partition_cache(self):
         """Frees gathered units and the memory kept for gathering."""

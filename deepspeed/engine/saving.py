@@ -35,6 +35,7 @@ class CheckpointMethods:
         logged there, and the exit status is 1.
         """
         self._refuse_half_loaded()
+        self._refuse_without_states("save_checkpoint")
         checkpoint_state.warn_of_unfinished(self)
         ranks, cfg = Ranks(), self._config.checkpoint
         holdings = checkpoint_state.holdings_of(self)
@@ -93,6 +94,7 @@ class CheckpointMethods:
         what fits is loaded and the rest is reported. load_module_only: weights and buffers, nothing else.
         custom_load_fn(src=state dict, dst=module) puts the weights into the module.
         """
+        self._refuse_without_states("load_checkpoint")
         self._finish_save()
         ranks, load_dir = Ranks(), os.fspath(load_dir)
         found = ranks.attempt(lambda: self._load_candidates(load_dir, tag) if ranks.rank == 0 else None, f"loading from {load_dir}")

@@ -46,6 +46,7 @@ class GatheredParameters:
         for home in self._homes:
             units[(id(home.owner), home.unit)] = home
         for home in units.values():
+            home.owner.refuse_while_away("GatheredParameters")
             store = home.owner.store
             self._held.append((home, store.is_gathered(home.unit)))
             if not store.is_gathered(home.unit):

@@ -122,6 +122,7 @@ class ManagedModel:
         self.params = []          # Python parameters by store index
         self.closed = False
         self.hooked_modules = 0   # that a unit is gathered for
+        self.away = None          # "lp_params" or "others" while the engine has put states away
         self._handles = []
         self.borrowed = []        # units that the running forward uses outside the modules they were planned for
 
@@ -283,6 +284,7 @@ class ManagedModel:
         borders.keep_out_of_graphs()
 
         def before(owner, module, args):
+            owner.refuse_while_away("forward")
             owner.store.check_params()
             if owner.reducer is not None and torch.is_grad_enabled():
                 owner.hooks.watch_parameters()
@@ -320,6 +322,10 @@ class ManagedModel:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def refuse_while_away(self, call):
+        if self.away == "lp_params":
+            raise RuntimeError(f"{call}: the parameters are away since offload_states(): call reload_states() first")
 
     def refuse_to_unfreeze(self, parameters):
         """Those that are frozen now have no place among gradients and masters: requiring a gradient later is an error."""

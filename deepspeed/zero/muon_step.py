@@ -106,6 +106,9 @@ class MuonStep:
         found = {kind: self.state_of(number, segment, kind) for kind in self.kinds_of(segment.param)}
         return {kind: value for kind, value in found.items() if value is not None}
 
+    def memory_of(self, number):
+        return [value for segment in self.slices[number].segments for value in self.slices_of(number, segment).values()]
+
     def parts_of(self, segment):
         """{key: value} of state that is no slice."""
         return {}

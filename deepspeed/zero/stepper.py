@@ -139,6 +139,10 @@ class FusedStep:
             return {}
         return {kind: state.narrow(0, segment.begin, segment.numel) for kind, state in zip(self.kinds_of(segment.param), states)}
 
+    def memory_of(self, number):
+        """The states of a slice as they lie in memory."""
+        return list(self.native.states(number) or ())
+
     def parts_of(self, segment):
         """{key: value} of state that is no slice."""
         return {}
@@ -214,6 +218,9 @@ class ClientStep:
     def slices_of(self, number, segment):
         state = self.optimizer.state.get(segment.parameter, {})
         return {key: in_memory_order(value, segment.parameter) for key, value in state.items() if self._is_slice(key, value, segment)}
+
+    def memory_of(self, number):
+        return [value for segment in self.slices[number].segments for value in self.slices_of(number, segment).values()]
 
     def parts_of(self, segment):
         state = self.optimizer.state.get(segment.parameter, {})

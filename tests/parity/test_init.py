@@ -291,3 +291,11 @@ def test_memory_from_init_to_engine():
     # The shards move a unit at a time, and chunks of 64 MB are given back when their last unit has gone.
     assert grown < 32 + 24, f"32 MB of shards were moved: peak grew by {grown:.0f} MB"
     assert engine.module is model
+
+
+@on_ranks(1)
+def test_one_rank_alone():
+    """It owns everything; an engine takes the model over as from many."""
+    wanted = train(engine_of(tiny(), config(3)), 2)
+    model = built_in_init()
+    assert train(engine_of(model, config(3)), 2) == wanted

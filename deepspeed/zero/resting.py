@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of training put away for a while: their memory is given back to the system, every reference to them stays.
+
+Note [Memory without values]: views of a state are held by C++, by the optimizer object and by callers. So memory is not replaced: on an
+accelerator its storage is resized to nothing; on the host its pages are returned to the system and come back, empty, when they are touched.
+Pages at the ends, which may belong to others, stay.
+"""
+import ctypes
+import mmap
+import os
+import tempfile
+
+import torch
+
+_DONT_NEED, _REMOVE = 4, 9   # Linux's MADV_*
+_CHUNK_BYTES = 64 << 20
+
+
+def _libc():
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def free_memory(tensor):
+    """Frees what a contiguous tensor occupies; its values are lost."""
+    if tensor.device.type != "cpu":
+        tensor.untyped_storage().resize_(0)
+        return
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if begin >= end:
+        return
+    libc = _libc()
+    address, length = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
+    # Memory shared between processes is freed by removing it from its file; what is not shared refuses that.
+    if libc.madvise(address, length, _REMOVE) != 0 and libc.madvise(address, length, _DONT_NEED) != 0:
+        raise OSError(ctypes.get_errno(), f"madvise of {end - begin} bytes")
+
+
+class HostCopies:
+    """Values kept in host memory."""
+
+    def __init__(self, pin_memory, non_blocking):
+        self._pin, self._non_blocking = pin_memory, non_blocking
+        self._values = []
+
+    def keep(self, tensor):
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin and tensor.device.type == "cuda")
+        self._values.append(copy.copy_(tensor, non_blocking=self._non_blocking))
+
+    def give_back(self, tensors, non_blocking):
+        for tensor, value in zip(tensors, self._values):
+            tensor.copy_(value, non_blocking=non_blocking)
+        self._values = []
+
+
+class FileCopies:
+    """Values kept in a file without a name: it goes with the process, however that ends."""
+
+    def __init__(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        self._folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="offloaded-states-", buffering=0)
+
+    def _parts(self, tensor):
+        flat = tensor.view(-1).view(torch.uint8)
+        for begin in range(0, flat.numel(), _CHUNK_BYTES):
+            yield flat[begin:begin + _CHUNK_BYTES]
+
+    def keep(self, tensor):
+        for part in self._parts(tensor):
+            view = memoryview(part.cpu().numpy())
+            while view:
+                try:
+                    view = view[self._file.write(view):]
+                except OSError as error:
+                    raise OSError(error.errno, f"{self._folder}: {error.strerror}: offload_states() has freed nothing") from error
+
+    def give_back(self, tensors, non_blocking):
+        self._file.seek(0)
+        for tensor in tensors:
+            for part in self._parts(tensor):
+                staging = part if part.device.type == "cpu" else torch.empty(part.shape, dtype=part.dtype)
+                view = memoryview(staging.numpy())
+                while view:
+                    count = self._file.readinto(view)
+                    if not count:
+                        raise OSError(f"{self._folder}: the file of the offloaded states ends too early")
+                    view = view[count:]
+                if staging is not part:
+                    part.copy_(staging)
+        self._file.close()
+
+
+class RestingStates:
+    """What offload_states() has put away, until it is brought back."""
+
+    def __init__(self, copies):
+        self._copies = copies
+        self._tensors = []
+
+    def put_away(self, valued, empty):
+        """valued: tensors whose values are kept; empty: memory whose values count for nothing. Nothing is freed unless all is kept."""
+        for tensor in valued:
+            self._copies.keep(tensor)
+        for tensor in valued:
+            if tensor.device.type == "cuda":
+                torch.cuda.current_stream(tensor.device).synchronize()
+        self._tensors = [(tensor, tensor.untyped_storage().nbytes()) for tensor in valued]
+        self._empty = [(tensor, tensor.untyped_storage().nbytes()) for tensor in empty]
+        for tensor, _ in (*self._tensors, *self._empty):
+            free_memory(tensor)
+
+    def bring_back(self, non_blocking):
+        for tensor, nbytes in (*self._tensors, *self._empty):
+            if tensor.device.type != "cpu":
+                tensor.untyped_storage().resize_(nbytes)
+        self._copies.give_back([tensor for tensor, _ in self._tensors], non_blocking)
+        self._tensors = self._empty = []
