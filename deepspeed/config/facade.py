@@ -3,7 +3,8 @@
 import logging
 import os
 
-from .native import reader
+from . import auto
+from .native import DeepSpeedConfigError, reader
 from .world import World, find_world
 
 _aliases = reader.aliases()
@@ -179,7 +180,13 @@ def load_config(source, world_size=None, *, strict=None, device="cpu", batch_req
     if not isinstance(source, str) and not (hasattr(source, "keys") and hasattr(source, "items")):
         raise TypeError(f"config must be a dict, a path, or base64 text, found {type(source).__name__}")
     world = find_world(mpu, mesh_device) if world_size is None else World(int(world_size), "the argument world_size")
-    loaded = reader.load(source, world=reader.World(*world), device=device, strict=strict, batch_required=batch_required,
-                         **({"accept_unbuilt": True} if accept_unbuilt else {}))
+    try:
+        loaded = reader.load(source, world=reader.World(*world), device=device, strict=strict, batch_required=batch_required,
+                             **({"accept_unbuilt": True} if accept_unbuilt else {}))
+    except DeepSpeedConfigError as error:
+        more = auto.hint(source, ("train_batch_size", "train_micro_batch_size_per_gpu")) if "both missing" in str(error) else ""
+        if not more:
+            raise
+        raise DeepSpeedConfigError(f"{error}{more}") from None
     _report(loaded["remarks"])
     return Config(loaded)

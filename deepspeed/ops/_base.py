@@ -60,7 +60,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group):
         for key in ("lr", "eps", "weight_decay"):
-            if key in group and float(group[key]) < 0.0:
+            if key not in group:
+                continue
+            if isinstance(group[key], (tuple, list, str)):
+                raise TypeError(f"{type(self).__name__}: {key} must be a number, got {group[key]!r}. If these parameter groups were made for another "
+                                "optimizer (Accelerate turns any into DeepSpeedCPUAdam when zero_optimization.offload_optimizer is on), use "
+                                "AdamW, or set \"zero_force_ds_cpu_optimizer\": false in the configuration")
+            if float(group[key]) < 0.0:
                 raise ValueError(f"{key} must not be negative, got {group[key]}")
         for beta in group.get("betas", ()):
             if not 0.0 <= float(beta) < 1.0:

@@ -71,7 +71,9 @@ def _check_params(name: str, cls: type, params: Mapping[str, Any]) -> None:
                          f"(it has: {', '.join(accepted)})")
     missing = [k for k, p in accepted.items() if p.default is inspect.Parameter.empty and k not in params]
     if missing:
-        raise _error(f"scheduler.params.{missing[0]}: {name} requires it and it is not given")
+        from deepspeed.config.auto import WHO_FILLS
+        raise _error(f"scheduler.params.{missing[0]}: {name} requires it and it is not given"
+                     f'; "auto" counts as not given: {WHO_FILLS}')
 
 
 def build_scheduler(section: Any, optimizer: Any) -> Any:

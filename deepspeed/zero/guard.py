@@ -3,15 +3,12 @@
 
 Its shape, dtype and flags are always answered. Anything that needs values gathers the parameter when a managed module
 is running (a weight used by another module, say a tied head), and raises an error that names it otherwise.
-
-Note [Stand-ins]: `detach()` of a freed parameter, which state_dict() calls on every parameter of a module, asks for no value yet. It
-returns a stand-in: a tensor of the same shape that wears the guard too, refers to the parameter, and takes that parameter's values when
-somebody asks for them, if they are there by then.
 """
 import functools
 
 import torch
 
+from deepspeed.zero.stand_in import converted, is_stand_in, represented, slice_as_numpy, stand_in
 from deepspeed.zero.tensors import tensors_in
 
 _T = torch.Tensor
@@ -47,7 +44,7 @@ _DATA_GET = _T.data.__get__
 _REPR = _T.__repr__
 _FORMAT = _T.__format__
 _DETACH = _T.detach
-_STANDS_IN = "_ds_stands_in"
+_NUMPY = _T.numpy
 
 
 def _describe(parameter):
@@ -93,26 +90,10 @@ def _is_nothing(data):
     return not isinstance(data, Guarded) and data.dim() == 1 and data.numel() == 0
 
 
-def _stand_in(parameter):
-    """See Note [Stand-ins]."""
-    with torch._C.DisableTorchFunctionSubclass():
-        found = _DETACH(parameter)
-    found.ds_home = parameter.__dict__["ds_home"]
-    found.__dict__[_STANDS_IN] = True
-    found.__class__ = guard_class(torch.Tensor)
-    return found
-
-
-def _represented(value):
-    """`value` with the parameters themselves, as they are now, in the place of their stand-ins."""
-    if isinstance(value, Guarded) and _STANDS_IN in value.__dict__:
-        home = value.__dict__["ds_home"]
-        return home.owner.params[home.index].detach()
-    if type(value) in (list, tuple):
-        return type(value)(_represented(item) for item in value)
-    if type(value) is dict:
-        return {key: _represented(item) for key, item in value.items()}
-    return value
+def _far(tensor):
+    """Whether the values are neither here nor fetched by the forward that runs."""
+    home = tensor.__dict__["ds_home"]
+    return not home.gathered and not home.in_forward
 
 
 def _opened_in_init(freed):
@@ -139,14 +120,19 @@ class Guarded:
         if func == _DATA_SET and (args[0] is args[1] or _is_nothing(args[1])):
             return None
         freed = _guarded_in((args, kwargs), [])
-        stands_in = any(_STANDS_IN in tensor.__dict__ for tensor in freed)
+        stands_in = any(is_stand_in(tensor) for tensor in freed)
         if _opened_in_init([tensor for tensor in freed if not tensor.__dict__["ds_home"].gathered]):
-            return func(*_represented(args), **_represented(kwargs)) if stands_in else func(*args, **kwargs)
+            return func(*represented(args), **represented(kwargs)) if stands_in else func(*args, **kwargs)
         if func == _DATA_GET:  # a new wrapper at each access: equal, never the same
             with torch._C.DisableTorchFunctionSubclass():
                 return torch.empty(0, dtype=args[0].dtype, device=args[0].device)
         if func == _DETACH and not args[0].__dict__["ds_home"].in_forward:
-            return _stand_in(args[0])
+            return stand_in(args[0], guard_class(torch.Tensor))
+        if (func == _NUMPY or func in _CONVERSIONS) and is_stand_in(args[0]) and _far(args[0]):
+            if func != _NUMPY:
+                return converted(args[0], func, args[1:], kwargs, guard_class(torch.Tensor))
+            if args[0].__dict__["ds_home"].owner.hooks is None:
+                return slice_as_numpy(args[0], args[1:], kwargs)
         units = []
         for parameter in freed:
             home = parameter.__dict__["ds_home"]
@@ -154,7 +140,7 @@ class Guarded:
                 home.gather_for_use(getattr(func, "__name__", str(func)))
                 units.append(home)
         if stands_in:
-            args, kwargs = _represented(args), _represented(kwargs)
+            args, kwargs = represented(args), represented(kwargs)
         out = func(*args, **kwargs)
         if torch.is_grad_enabled():
             for home in units:

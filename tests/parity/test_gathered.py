@@ -492,6 +492,34 @@ def test_state_dict_of_sharded_parameters_answers_shapes_and_takes_values_when_t
 
 
 @on_ranks(2)
+def test_entries_of_a_sharded_state_dict_convert_and_hash_on_one_rank_alone():
+    """TRL tells reference models apart by hashing a state_dict()."""
+    with deepspeed.zero.Init():
+        model = nn.Linear(50, 3)
+    weight = model.weight
+    with GatheredParameters([weight]):
+        expected = weight.detach().clone()
+    dist.barrier()
+    if dist.get_rank() == 1:   # no collective
+        entry = model.state_dict()["weight"]
+        half = entry.to(torch.float64, copy=True).bfloat16()
+        assert (half.shape, half.dtype, entry.dtype) == (weight.shape, torch.bfloat16, torch.float32)
+        assert half.detach().dtype == torch.bfloat16
+        wide = half.float().numpy()
+        mine = weight.ds_tensor.numel()
+        assert 0 < mine < entry.numel() and (wide == expected.flatten()[-mine:].bfloat16().float().numpy()).all()
+        with pytest.raises(RuntimeError, match="clone.*'weight'.*sharded by ZeRO-3"):
+            half.clone()
+        with pytest.raises(RuntimeError, match="sharded by ZeRO-3"):
+            pickle.dumps(half)
+    half = model.state_dict()["weight"].bfloat16()
+    with GatheredParameters([weight]):
+        assert torch.equal(half.clone(), expected.bfloat16()) and half.shape == half.float().numpy().shape
+    with pytest.raises(RuntimeError, match="numpy.*'weight'.*sharded by ZeRO-3"):
+        weight.numpy()
+
+
+@on_ranks(2)
 @pytest.mark.parametrize("end", ["destroy", "drop", "drop in a cycle"])
 def test_the_next_engine_takes_over_what_the_last_one_left(end):
     model = tiny()

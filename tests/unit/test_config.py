@@ -344,3 +344,11 @@ class TestLegacy:
         other = DeepSpeedConfigWriter()
         other.load_config(str(tmp_path / "c.json"))
         assert other.data == {"train_batch_size": 4}
+
+
+def test_auto_in_place_of_the_batch_says_who_would_have_filled_it_in():
+    with pytest.raises(DeepSpeedConfigError, match=r"both missing.*\"auto\" \(train_batch_size\) counts as not given: Hugging Face's Trainer"):
+        load_config({"train_batch_size": "auto", "gradient_accumulation_steps": 2}, world_size=1)
+    with pytest.raises(DeepSpeedConfigError, match="both missing") as error:
+        load_config({"gradient_accumulation_steps": 2}, world_size=1)
+    assert "auto" not in str(error.value)

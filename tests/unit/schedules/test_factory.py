@@ -50,6 +50,7 @@ def test_any_torch_scheduler(name, params):
     ({"type": "WarmupLR", "params": {"warmup_num_step": 5}},
      r"scheduler.params.warmup_num_step: .*did you mean 'warmup_num_steps'\?"),
     ({"type": "WarmupDecayLR", "params": {}}, "scheduler.params.total_num_steps: WarmupDecayLR requires it"),
+    ({"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}, "Hugging Face's Trainer and Accelerate put numbers there"),
     ({"type": "StepLR", "params": {}}, "scheduler.params.step_size"),
     ({"type": "WarmupLR", "params": {"warmup_num_steps": -3}}, "scheduler.params: WarmupLR: warmup_num_steps"),
 ])  # yapf: disable
