@@ -315,7 +315,7 @@ def compare_resharding(args, folder):
                 str(work / "peer" / "universal"), "--num_extract_workers", "2", "--num_merge_workers", "2"]
         env = dict(os.environ, DS_ACCELERATOR="cpu")
         env.pop("PYTHONPATH", None)
-        convert = timed(lambda: subprocess.run(argv, env=env, check=True, capture_output=True))
+        convert = timed(lambda: subprocess.run(argv, env=env, cwd=work, check=True, capture_output=True))   # not here, where -m would find ours
         load = start(args, "load_universal", "deepspeed", work / "peer", million)["load_s"][0]
         theirs = say("DeepSpeed: ds_to_universal + load", [convert + load], size, f"({convert:.1f} s + {load:.1f} s)")
         print(f"  {theirs / mine:.1f} x ours from our folder, {theirs / mine_foreign:.1f} x ours from DeepSpeed's own folder")
