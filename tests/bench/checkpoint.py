@@ -79,6 +79,12 @@ def values_of(engine):
     return total.item()
 
 
+def weights_of(engine):
+    """The same of whole weights, in either library."""
+    import torch
+    return sum(p.detach().view(torch.int32).sum(dtype=torch.int64).item() for p in engine.module.parameters())
+
+
 def measure_ours(args):
     engine = engine_of("ours", args.million, 1)
     before, peak = values_of(engine), peak_mib()
@@ -153,14 +159,19 @@ def leave_checkpoint(args):
     """On all ranks of a job: something to load on fewer."""
     engine = engine_of(args.lib, args.million, 2)
     engine.save_checkpoint(args.folder)
-    if args.lib == "ours":
-        return {"values": values_of(engine)}
-    return {}
+    return {"values": values_of(engine) if args.lib == "ours" else None, "weights": weights_of(engine)}
 
 
 def load_on_one(args):
     engine = engine_of(args.lib, args.million, 2)
-    return {"load_s": [timed(lambda: engine.load_checkpoint(args.folder))], "values": values_of(engine) if args.lib == "ours" else None}
+    import torch
+    with torch.no_grad():  # whatever is not loaded shows
+        for p in engine.module.parameters():
+            p.zero_()
+        for index, held in enumerate(engine.optimizer.slices):
+            for value in (held.master, *engine.optimizer.stepper.native.states(index)):
+                value.zero_()
+    return {"load_s": [timed(lambda: engine.load_checkpoint(args.folder))], "values": values_of(engine), "weights": weights_of(engine)}
 
 
 def load_universal(args):
@@ -172,7 +183,7 @@ def load_universal(args):
     cfg = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
            "checkpoint": {"load_universal": True}}
     engine = deepspeed.initialize(model=model, config=cfg, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4))[0]
-    return {"load_s": [timed(lambda: engine.load_checkpoint(args.folder, tag="universal"))]}
+    return {"load_s": [timed(lambda: engine.load_checkpoint(args.folder, tag="universal"))], "weights": weights_of(engine)}
 
 
 WORK = {"ours": measure_ours, "background": measure_background, "torch": measure_torch, "deepspeed": measure_peer, "leave": leave_checkpoint,
@@ -303,16 +314,18 @@ def compare_resharding(args, folder):
     size = int(million * 12e6)
     saved = start(args, "leave", "ours", work / "ours", million, ranks=2)
     loaded = start(args, "load", "ours", work / "ours", million)
-    if saved["values"] != loaded["values"]:
+    if (saved["values"], saved["weights"]) != (loaded["values"], loaded["weights"]):
         raise SystemExit("not timed: another state came back than was saved")
     mine = say("ours: load", loaded["load_s"], size)
     if args.peer_python:
-        start(args, "leave", "deepspeed", work / "peer", million, ranks=2)
+        saved = start(args, "leave", "deepspeed", work / "peer", million, ranks=2)
         foreign = start(args, "load", "ours", work / "peer", million)
+        if foreign["weights"] != saved["weights"]:
+            raise SystemExit("not timed: other weights came back from DeepSpeed's folder than it saved")
         mine_foreign = say("ours: load of DeepSpeed's folder", foreign["load_s"], size)
         tag = (work / "peer" / "latest").read_text()
         argv = [args.peer_python, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(work / "peer" / tag), "--output_folder",
-                str(work / "peer" / "universal"), "--num_extract_workers", "2", "--num_merge_workers", "2"]
+                str(work / "peer" / "universal"), "--num_extract_workers", "2", "--num_merge_workers", "2", "--inject_missing_state"]
         env = dict(os.environ, DS_ACCELERATOR="cpu")
         env.pop("PYTHONPATH", None)
         convert = timed(lambda: subprocess.run(argv, env=env, cwd=work, check=True, capture_output=True))   # not here, where -m would find ours
