@@ -193,6 +193,8 @@ def fill(source, wanted):
     filling, owners, engines = Filling(source), {}, {}
     for name, info, target in wanted:
         home = home_of(target)
+        if home is not None:
+            home.owner.refuse_while_away(f"loading {source.path}", "lp_params", "hp_params")
         if home is None:
             _fill_plain(filling, name, info, target)
         elif _has_masters(home):

@@ -23,6 +23,7 @@ from deepspeed.engine.saving import CheckpointMethods
 from deepspeed.engine.states import StateMethods
 from deepspeed.engine.weights import WeightMethods
 from deepspeed.zero.offload import DeepSpeedZeRoOffload
+from deepspeed.zero.offload_config import FOR_BACKWARD
 
 
 class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReduction, Compilation, CheckpointMethods, Reporting,
@@ -139,8 +140,9 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         reducer = self._managed.reducer
         reducer.set_post_scale(self._layout.post_scale / self._gas)
         fp16 = self._config.fp16.enabled
-        reducer.set_refusal("fp16: loss.backward() was called without loss scaling: use engine.backward(loss), or "
-                            "engine.scale(loss).backward()" if fp16 and not self._scaled else "")
+        away = self._managed.refusal_while_away("backward", *FOR_BACKWARD)
+        reducer.set_refusal(away or ("fp16: loss.backward() was called without loss scaling: use engine.backward(loss), or "
+                                     "engine.scale(loss).backward()" if fp16 and not self._scaled else ""))
 
     def _make_scheduler(self, client):
         if client is not None:
@@ -206,7 +208,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         loss scaling.
         """
         self._check_loss(loss)
-        self._refuse_without_states("backward", weights_only=True)
+        self._refuse_without_states("backward", *FOR_BACKWARD)
         managed = self._managed
         if self._watching:
             self._begin("backward")
@@ -257,6 +259,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
     def scale(self, loss):
         """The loss times the fp16 loss scale, for a plain `.backward()` of one's own."""
         self._check_loss(loss)
+        self._refuse_without_states("scale", *FOR_BACKWARD)
         self._scaled = True
         self._managed.reducer.set_refusal("")
         return loss * self.optimizer.loss_scale
@@ -331,6 +334,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
 
     def zero_grad(self, set_to_none=True):
         """Forgets gradients: those accumulated by the engine, and any on parameters it does not train."""
+        self._refuse_without_states("zero_grad", "lp_grads")
         for parameter in self.module.parameters():
             parameter.grad = None
         if self._managed is not None and self._managed.reducer is not None:
@@ -363,7 +367,9 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         gc.collect()
 
     def destroy(self):
-        """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 stay so, held by the model. Collective."""
+        """Takes the engine off the model and returns its memory. Parameters sharded at stage 3 stay so, held by the model. States
+        that are away come back first. Collective."""
+        self.reload_states()
         try:
             self._finish_save()
         finally:

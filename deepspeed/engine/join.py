@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from deepspeed.zero.offload_config import FOR_BACKWARD
 from deepspeed.zero.tensors import tensors_in
 
 
@@ -114,6 +115,7 @@ class Join:
                 torch.autograd.Variable._execution_engine.queue_callback(self._release_units)
 
     def _announce_backward(self, post_scale):
+        self._engine._refuse_without_states("backward", *FOR_BACKWARD)
         deferred = self._engine._managed.reducer.deferred
         self._announce(Move.DEFERRED_BACKWARD if deferred else Move.BACKWARD, 0.0 if deferred else post_scale)
         self._hold_units()

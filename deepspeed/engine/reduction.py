@@ -42,6 +42,7 @@ class GradientReduction:
             self._reduce_carry()
 
     def _reduce_carry(self):
+        self._refuse_without_states("reducing gradients", "lp_grads", "contiguous_grad_buffer")
         if self._joining is not None:
             self._joining.reduction()
         self._flush_carry()

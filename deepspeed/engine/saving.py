@@ -178,6 +178,7 @@ class CheckpointMethods:
         gather_16bit_weights_on_model_save is off. Collective when parameters are sharded: what goes wrong is then raised as CheckpointError
         on all ranks; otherwise only rank 0 has work, and raises what stops it."""
         self._refuse_half_loaded()
+        self._refuse_without_states("save_16bit_model", "lp_params")
         if self._layout.shard_params:
             if not self.zero_gather_16bit_weights_on_model_save():
                 return False
@@ -201,6 +202,7 @@ class CheckpointMethods:
 
     def module_state_dict(self, destination=None, prefix="", keep_vars=False, exclude_frozen_parameters=False):
         """module.state_dict(); refuses while parameters are sharded."""
+        self._refuse_without_states("module_state_dict", "lp_params")
         state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
             for name, parameter in self.module.named_parameters():
@@ -211,6 +213,7 @@ class CheckpointMethods:
     def load_module_state_dict(self, checkpoint, strict=True, custom_load_fn=None, fetch_z3_params=False):
         """Loads weights into the module (and the fp32 masters). At stage 3 rank 0's file counts for all."""
         from deepspeed.zero import GatheredParameters
+        self._refuse_without_states("load_module_state_dict", "lp_params", "hp_params")
         state = checkpoint.get("module", checkpoint) if isinstance(checkpoint, dict) else checkpoint
         modifier = 0 if self._layout.shard_params else None
         with GatheredParameters(list(self.module.parameters()), modifier_rank=modifier):

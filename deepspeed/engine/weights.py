@@ -28,7 +28,7 @@ class WeightMethods:
         merge_lora: weights as PEFT's merge_and_unload() would leave them, under the names of the model below PEFT; adapters do not appear,
         and neither is the model touched. Only adapters that are active count. ValueError for adapters that are not a sum (DoRA).
         """
-        self._refuse_without_states("iter_full_params", weights_only=True)
+        self._refuse_without_states("iter_full_params", "lp_params")
         if bucket_bytes <= 0:
             raise ValueError(f"iter_full_params: bucket_bytes must be positive, got {bucket_bytes}")
         items = _merged(self.module) if merge_lora else [_Item(name, p, (), (p,)) for name, p in self.module.named_parameters()]
@@ -80,7 +80,7 @@ class _Held:
     def start(self):
         """Begins the transfer of what is not there."""
         for home in self._homes:
-            home.owner.refuse_while_away("iter_full_params")
+            home.owner.refuse_while_away("iter_full_params", "lp_params")
             home.owner.store.gather(home.unit, "gather_stream", prefetch=True)
 
     def finish(self):

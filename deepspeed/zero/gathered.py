@@ -46,7 +46,7 @@ class GatheredParameters:
         for home in self._homes:
             units[(id(home.owner), home.unit)] = home
         for home in units.values():
-            home.owner.refuse_while_away("GatheredParameters")
+            home.owner.refuse_while_away("GatheredParameters", "lp_params")
             store = home.owner.store
             self._held.append((home, store.is_gathered(home.unit)))
             if not store.is_gathered(home.unit):

@@ -122,7 +122,9 @@ class ManagedModel:
         self.params = []          # Python parameters by store index
         self.closed = False
         self.hooked_modules = 0   # that a unit is gathered for
-        self.away = None          # "lp_params" or "others" while the engine has put states away
+        self.away = frozenset()   # kinds of states that the engine has put away (Note [Memory without values] in resting.py)
+        self.resting = None       # the RestingStates that bring them back
+        self._away_handles = []
         self._handles = []
         self.borrowed = []        # units that the running forward uses outside the modules they were planned for
 
@@ -133,6 +135,7 @@ class ManagedModel:
         their values count for nothing (only where parameters are sharded)."""
         previous = [home_of(p) for p in plan.params]
         for home in filter(None, previous):
+            home.owner.refuse_while_away("moving parameters to another engine", "lp_params", "hp_params")
             home.owner.store.gather(home.unit, "gather_move")
         from_store = all(previous) and bool(previous)
         persistent = self.shards_params and plan.numel <= persistent_numel
@@ -252,6 +255,7 @@ class ManagedModel:
         leaves = []     # inputs without a producer: they get a node when the forward first uses them
 
         def before(owner, module, args, kwargs):
+            owner.refuse_while_away("forward", "lp_params")
             for unit in enter:
                 owner.scheduler.enter(unit)
             leaves.clear()
@@ -284,7 +288,7 @@ class ManagedModel:
         borders.keep_out_of_graphs()
 
         def before(owner, module, args):
-            owner.refuse_while_away("forward")
+            owner.refuse_while_away("forward", "lp_params")
             owner.store.check_params()
             if owner.reducer is not None and torch.is_grad_enabled():
                 owner.hooks.watch_parameters()
@@ -300,10 +304,12 @@ class ManagedModel:
             owner.scheduler.end_forward()
 
         def saves(owner, module, prefix, keep_vars):
+            owner.refuse_while_away("state_dict()", "lp_params")
             if not keep_vars:
                 _refuse_freed(module, "state_dict()", "engine.save_16bit_model(folder) writes the whole weights")
 
         def loads(owner, module, *rest):
+            owner.refuse_while_away("load_state_dict()", "lp_params")
             _refuse_freed(module, "load_state_dict()", "engine.load_module_state_dict(state) takes whole weights")
 
         self._handles.append(model.register_state_dict_pre_hook(_Hook(self, saves)))
@@ -323,9 +329,45 @@ class ManagedModel:
             handle.remove()
         self._handles = []
 
-    def refuse_while_away(self, call):
-        if self.away == "lp_params":
-            raise RuntimeError(f"{call}: the parameters are away since offload_states(): call reload_states() first")
+    # ---- states that are away
+
+    def refuse_while_away(self, call, *kinds):
+        """kinds: what the call reads or changes; none: all."""
+        if self.away:
+            text = self.refusal_while_away(call, *kinds)
+            if text:
+                raise RuntimeError(text)
+
+    def refusal_while_away(self, call, *kinds):
+        gone = sorted(self.away.intersection(kinds) if kinds else self.away)
+        return f"{call}: {', '.join(gone)} are away since offload_states(): call reload_states() first" if gone else ""
+
+    def put_away(self, kinds, resting, model):
+        """`resting` is about to free states of these kinds. The weights of no part of the model can be saved or loaded then."""
+        self.away, self.resting = frozenset(kinds), resting
+        if "lp_params" not in kinds:
+            return
+
+        def saves(owner, module, prefix, keep_vars):
+            owner.refuse_while_away("state_dict()", "lp_params")
+
+        def loads(owner, module, *rest):
+            owner.refuse_while_away("load_state_dict()", "lp_params")
+
+        for module in list(model.modules())[1:]:   # the model's own hooks ask always
+            self._away_handles.append(module.register_state_dict_pre_hook(_Hook(self, saves)))
+            self._away_handles.append(module.register_load_state_dict_pre_hook(_Hook(self, loads)))
+
+    def bring_home(self):
+        """All values are back."""
+        resting, self.resting, self.away = self.resting, None, frozenset()
+        resting.drop()
+        for index, parameter in enumerate(self.params):
+            if parameter is not None and self.store.flat_info(self.store.param_place(index)[1])["trainable"]:
+                parameter.grad = None   # autograd left it there before the reducer refused; it would be added to the next one
+        for handle in self._away_handles:
+            handle.remove()
+        self._away_handles = []
 
     def refuse_to_unfreeze(self, parameters):
         """Those that are frozen now have no place among gradients and masters: requiring a gradient later is an error."""
@@ -347,6 +389,10 @@ class ManagedModel:
         """The engine goes: what it did to the model comes off, and the model holds its sharded values itself. Not collective."""
         if self.closed:
             return
+        if self.resting is not None:   # of an engine that was dropped; destroy() has brought them back on all ranks
+            self.resting.bring_back(False)
+            self.bring_home()
+            self.store.publish_all()
         if not self.shards_params:
             self.close()
             return

@@ -15,3 +15,7 @@ class OffloadStateTypeEnum(str, Enum):
     lp_params = "lp_params"
     lp_grads = "lp_grads"
     contiguous_grad_buffer = "contiguous_grad_buffer"
+
+
+# What backward reads and adds to.
+FOR_BACKWARD = ("lp_params", "lp_grads", "contiguous_grad_buffer")

@@ -10,8 +10,13 @@ from deepspeed.device.host_memory import trim_heap
 from deepspeed.telemetry import logger
 from deepspeed.zero.managed import home_of
 from deepspeed.zero.muon_step import MuonStep
+from deepspeed.zero.offload_config import FOR_BACKWARD
 from deepspeed.zero.stepper import ClientStep, FusedStep, recognise
 from deepspeed.zero.tensors import shaped_like
+
+# Kinds of states that a value lies in: without a master of its own, the fp32 value is the weight.
+_FOR_SLICE = {"fp32": ("lp_params", "hp_params"), "grad": ("lp_grads",), "state": ("optim_states",)}
+_FOR_STATE = (*_FOR_SLICE["fp32"], *_FOR_SLICE["state"])
 
 
 class DeepSpeedOptimizer:
@@ -163,6 +168,7 @@ class ShardedOptimizer(ZeROOptimizer):
 
     def step(self, closure=None):
         """One update from the gradients reduced so far; skipped, with `overflow` set, when they are not finite."""
+        self.managed.refuse_while_away("optimizer.step")
         loss = closure() if closure is not None else None
         sum_squares, bad, _ = self._reduced_stats()
         self.managed.store.adopt_written()
@@ -227,10 +233,12 @@ class ShardedOptimizer(ZeROOptimizer):
         return f" in parameter '{name}'" + (f" on rank {rank}" if rank >= 0 else "")
 
     def zero_grad(self, set_to_none=True):
+        self.managed.refuse_while_away("optimizer.zero_grad", "lp_grads")
         self.managed.reducer.zero()
 
     def backward(self, loss, retain_graph=False):
         """Scales the loss and runs its backward (what engine.backward does, without the division by accumulation steps)."""
+        self.managed.refuse_while_away("optimizer.backward", *FOR_BACKWARD)
         self.managed.reducer.set_refusal("")
         (loss.float() * self.loss_scale).backward(retain_graph=retain_graph)
 
@@ -276,6 +284,7 @@ class ShardedOptimizer(ZeROOptimizer):
 
     def state_dict(self):
         """This rank's part: slices keyed by parameter name, the groups' hyperparameters, the loss scale."""
+        self.managed.refuse_while_away("optimizer.state_dict", *_FOR_STATE)
         state = {}
         for number, s in enumerate(self.slices):
             for segment in s.segments:
@@ -289,6 +298,7 @@ class ShardedOptimizer(ZeROOptimizer):
 
     def load_state_dict(self, state_dict):
         """Takes over a state_dict() of the same rank, world size and model."""
+        self.managed.refuse_while_away("optimizer.load_state_dict", *_FOR_STATE)
         for number, s in enumerate(self.slices):
             for segment in s.segments:
                 name = self.managed.store.param_name(segment.param)
@@ -350,6 +360,7 @@ class ShardedOptimizer(ZeROOptimizer):
     def slice_of(self, parameter, kind, key=None):
         """This rank's slice of a parameter's "fp32", "grad" or "state" value as a 1-D view; None when there is none on any rank."""
         home = home_of(parameter)
+        self.managed.refuse_while_away(f"the {key or kind} of parameter '{home.name}'", *_FOR_SLICE[kind])
         entry = self._where.get(home.index)
         trained = self.managed.store.flat_info(self.managed.store.param_place(home.index)[1])["trainable"]
         if not trained:

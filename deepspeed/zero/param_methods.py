@@ -8,6 +8,7 @@ def _all_gather(parameter, param_list=None, async_op=False):
     for p in param_list or [parameter]:
         home = home_of(p)
         if home is not None:
+            home.owner.refuse_while_away("all_gather", "lp_params")
             home.owner.store.gather(home.unit, "gather_explicit")
             home.owner.store.pin(home.unit)
 

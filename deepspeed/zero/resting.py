@@ -3,7 +3,8 @@
 
 Note [Memory without values]: views of a state are held by C++, by the optimizer object and by callers. So memory is not replaced: on an
 accelerator its storage is resized to nothing; on the host its pages are returned to the system and come back, empty, when they are touched.
-Pages at the ends, which may belong to others, stay.
+Pages at the ends, which may belong to others, stay. An accelerator's memory that is not torch's own (the store's, which peers may map), or
+that a tensor shares with others, cannot be resized: it stays as it is.
 """
 import ctypes
 import mmap
@@ -11,6 +12,8 @@ import os
 import tempfile
 
 import torch
+
+from deepspeed.telemetry import logger
 
 _DONT_NEED, _REMOVE = 4, 9   # Linux's MADV_*
 _CHUNK_BYTES = 64 << 20
@@ -20,9 +23,18 @@ def _libc():
     return ctypes.CDLL(None, use_errno=True)
 
 
+def _on_host(tensor):
+    return tensor.device.type == "cpu"
+
+
+def can_be_freed(tensor):
+    storage = tensor.untyped_storage()
+    return _on_host(tensor) or (storage.resizable() and storage.nbytes() == tensor.numel() * tensor.element_size())
+
+
 def free_memory(tensor):
-    """Frees what a contiguous tensor occupies; its values are lost."""
-    if tensor.device.type != "cpu":
+    """Frees what a contiguous tensor occupies, and its values with it. On the host this is a request: what the system does not take, stays."""
+    if not _on_host(tensor):
         tensor.untyped_storage().resize_(0)
         return
     page = mmap.PAGESIZE
@@ -34,7 +46,7 @@ def free_memory(tensor):
     address, length = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
     # Memory shared between processes is freed by removing it from its file; what is not shared refuses that.
     if libc.madvise(address, length, _REMOVE) != 0 and libc.madvise(address, length, _DONT_NEED) != 0:
-        raise OSError(ctypes.get_errno(), f"madvise of {end - begin} bytes")
+        logger.warning_once(f"offload_states: the system keeps memory of offloaded states: {os.strerror(ctypes.get_errno())}")
 
 
 class HostCopies:
@@ -51,6 +63,8 @@ class HostCopies:
     def give_back(self, tensors, non_blocking):
         for tensor, value in zip(tensors, self._values):
             tensor.copy_(value, non_blocking=non_blocking)
+
+    def drop(self):
         self._values = []
 
 
@@ -89,31 +103,40 @@ class FileCopies:
                     view = view[count:]
                 if staging is not part:
                     part.copy_(staging)
+
+    def drop(self):
         self._file.close()
 
 
 class RestingStates:
-    """What offload_states() has put away, until it is brought back."""
+    """What offload_states() has put away, until it is brought back. keep() and bring_back() may fail: then nothing has been freed, and all is as
+    far away as before; free() and drop() do not."""
 
-    def __init__(self, copies):
+    def __init__(self, valued, empty):
+        """Both are (kind, tensor): tensors whose values are kept, and memory whose values count for nothing."""
+        self.staying = sorted({kind for kind, tensor in (*valued, *empty) if not can_be_freed(tensor)})
+        self._valued, self._empty = ([(tensor, tensor.untyped_storage().nbytes()) for _, tensor in table if can_be_freed(tensor)]
+                                     for table in (valued, empty))
+        self._copies = None
+
+    def keep(self, copies):
         self._copies = copies
-        self._tensors = []
+        for tensor, _ in self._valued:
+            copies.keep(tensor)
+        for device in {tensor.device for tensor, _ in self._valued if tensor.device.type == "cuda"}:
+            torch.cuda.current_stream(device).synchronize()
 
-    def put_away(self, valued, empty):
-        """valued: tensors whose values are kept; empty: memory whose values count for nothing. Nothing is freed unless all is kept."""
-        for tensor in valued:
-            self._copies.keep(tensor)
-        for tensor in valued:
-            if tensor.device.type == "cuda":
-                torch.cuda.current_stream(tensor.device).synchronize()
-        self._tensors = [(tensor, tensor.untyped_storage().nbytes()) for tensor in valued]
-        self._empty = [(tensor, tensor.untyped_storage().nbytes()) for tensor in empty]
-        for tensor, _ in (*self._tensors, *self._empty):
+    def free(self):
+        for tensor, _ in (*self._valued, *self._empty):
             free_memory(tensor)
 
     def bring_back(self, non_blocking):
-        for tensor, nbytes in (*self._tensors, *self._empty):
-            if tensor.device.type != "cpu":
+        for tensor, nbytes in (*self._valued, *self._empty):
+            if not _on_host(tensor):
                 tensor.untyped_storage().resize_(nbytes)
-        self._copies.give_back([tensor for tensor, _ in self._tensors], non_blocking)
-        self._tensors = self._empty = []
+        self._copies.give_back([tensor for tensor, _ in self._valued], non_blocking)
+
+    def drop(self):
+        if self._copies is not None:
+            self._copies.drop()
+        self._valued, self._empty = [], []
