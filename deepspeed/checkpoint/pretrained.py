@@ -14,6 +14,7 @@ from deepspeed.checkpoint.foreign import torch_file
 from deepspeed.checkpoint.foreign.tensor_ref import ITEM_BYTES, StorageRef, TensorRef
 from deepspeed.checkpoint.names import order_of
 from deepspeed.checkpoint.pieces import Piece
+from deepspeed.checkpoint.ranks import GroupRanks, Ranks
 from deepspeed.checkpoint.source import CheckpointError, TensorInfo
 from deepspeed.data.token_drop import without_wrappers
 from deepspeed.telemetry import logger
@@ -41,13 +42,18 @@ def load_pretrained_shards(model, folder, strict=True):
     parameter's dtype while reading, and holds 64 MiB besides. folder: also the path of one file.
 
     Returns a LoadReport. strict: names that do not fit raise CheckpointError, listing them, before anything is changed. Collective when the model
-    is sharded: every rank calls it with the same files.
+    is sharded or an engine's: every rank calls it with the same files. What one rank cannot read is a CheckpointError on all of them.
     """
     module = getattr(model, "module", model) if hasattr(model, "save_checkpoint") else model
-    source = _open(os.fspath(folder))
-    names = _Names(module)
-    found, report = _match(source, names)
-    _refuse_or_tell(source, report, strict)
+
+    def match():
+        source, names = _open(os.fspath(folder)), _Names(module)
+        found, report = _match(source, names)
+        _refuse_or_tell(source, report, strict)
+        return source, names, found, report
+
+    ranks = ranks_of(module.parameters())
+    source, names, found, report = match() if ranks is None else ranks.attempt(match, f"loading {os.fspath(folder)}")
     fill(source, [(name, info, names.parameters.get(name, names.buffers.get(name))) for name, info in found.items()])
     return report
 
@@ -189,27 +195,46 @@ def _refuse_or_tell(source, report, strict):
 @torch.no_grad()
 def fill(source, wanted):
     """Reads into parameters and buffers what this rank keeps of them. wanted: (name for messages, TensorInfo of the source, tensor of its
-    shape). Collective when parameters are sharded."""
+    shape). Collective when parameters are sharded or an engine's: what one rank cannot read is then a CheckpointError on all."""
     filling, owners, engines = Filling(source), {}, {}
-    for name, info, target in wanted:
-        home = home_of(target)
-        if home is not None:
-            home.owner.refuse_while_away(f"loading {source.path}", "lp_params", "hp_params")
-        if home is None:
-            _fill_plain(filling, name, info, target)
-        elif _has_masters(home):
-            engines.setdefault((id(home.owner), home.unit), (home, []))[1].append((info, target))
-        else:
-            owners[id(home.owner)] = home.owner
-            for begin, data in _slices(home, target):
-                filling.add(info, Piece(info.name, "weight", tuple(target.shape), order_of(target), begin, data))
+    ranks, what = ranks_of(target for _, _, target in wanted), f"loading {source.path}"
+
+    def plan():
+        for name, info, target in wanted:
+            home = home_of(target)
+            if home is not None:
+                home.owner.refuse_while_away(what, "lp_params", "hp_params")
+            if home is None:
+                _fill_plain(filling, name, info, target)
+            elif _has_masters(home):
+                engines.setdefault((id(home.owner), home.unit), (home, []))[1].append((info, target))
+            else:
+                owners[id(home.owner)] = home.owner
+                for begin, data in _slices(home, target):
+                    filling.add(info, Piece(info.name, "weight", tuple(target.shape), order_of(target), begin, data))
+
+    if ranks is None:
+        plan()
+        filling.run()
+        return
+    ranks.attempt(plan, what)
     for owner in owners.values():
         owner.transports.world.barrier("loading")   # a peer may still be gathering from the memory that is filled now
-    filling.run()
+    ranks.together(torch.no_grad()(filling.run), what)   # grad mode is a thread's own
     for owner in owners.values():
         _publish(owner)
     for home, members in engines.values():
-        _fill_whole(source, home, members)
+        _fill_whole(source, home, members, ranks, what)
+
+
+def ranks_of(tensors):
+    """The ranks that keep parts of these parameters, or their masters; None: no others than this one."""
+    worlds = {}
+    for home in filter(None, map(home_of, tensors)):
+        worlds[id(home.owner.transports.world)] = home.owner.transports.world
+    if not worlds:
+        return None
+    return GroupRanks(*worlds.values()) if len(worlds) == 1 else Ranks()
 
 
 def _fill_plain(filling, name, info, target):
@@ -253,10 +278,14 @@ def _publish(owner):
     world.barrier("loaded")
 
 
-def _fill_whole(source, home, members):
+def _fill_whole(source, home, members, ranks, what):
     """A unit of an engine: gathered, filled by every rank, and written back, so that masters follow."""
     store = home.owner.store
-    with GatheredParameters([target for _, target in members]):
+
+    def read():
         for info, target in members:
             target.data.copy_(source.read(info.name, info.kind).to(target.dtype))
+
+    with GatheredParameters([target for _, target in members]):
+        ranks.attempt(read, what)
         store.write_back(home.unit)

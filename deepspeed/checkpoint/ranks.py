@@ -4,6 +4,8 @@
 Note [Waiting without silence]: one rank may write for minutes longer than another, and hang detection takes a rank that waits in one
 collective for long as stuck. So long work runs in a thread, and the ranks meet every few seconds to say whether they are done.
 """
+import pickle
+import struct
 import threading
 
 import torch.distributed as dist
@@ -96,3 +98,26 @@ class _Job:
     def finished(self, wait_s):
         self._thread.join(wait_s)
         return not self._thread.is_alive()
+
+
+class GroupRanks(Ranks):
+    """The ranks that a transport joins, when a model is not cut over all of the job; they are told by their place in that group."""
+
+    def __init__(self, transport):
+        self._transport = transport
+        self.rank, self.size = transport.rank, transport.size
+
+    def gather(self, value):
+        if self.size == 1:
+            return [value]
+        mine = pickle.dumps(value)
+        sizes = [struct.unpack("q", part)[0] for part in self._transport.all_gather_host(struct.pack("q", len(mine)), "ranks")]
+        parts = self._transport.all_gather_host(mine.ljust(max(sizes), b"\0"), "ranks")
+        return [pickle.loads(part[:size]) for part, size in zip(parts, sizes)]
+
+    def gather_first(self, value):
+        found = self.gather(value)
+        return found if self.rank == 0 else None
+
+    def from_first(self, value):
+        return self.gather(value)[0]

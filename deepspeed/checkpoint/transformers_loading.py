@@ -17,7 +17,7 @@ import sys
 import torch
 
 from deepspeed.checkpoint import deferred
-from deepspeed.checkpoint.pretrained import fill, read_safetensors, source_of
+from deepspeed.checkpoint.pretrained import fill, ranks_of, read_safetensors, source_of
 from deepspeed.checkpoint.source import CheckpointError
 from deepspeed.telemetry import logger
 from deepspeed.zero.managed import home_of
@@ -62,28 +62,39 @@ def _applies(model, state_dict, files, load_config, expected_keys):
 
 
 def _load(convert, model, files, load_config):
-    """What _load_pretrained_model returns, or None when nothing was done."""
+    """What _load_pretrained_model returns, or None when nothing was done, on all ranks alike."""
+    folder, ranks = os.path.dirname(os.fspath(files[0])), ranks_of(model.parameters())
+    found, report, cannot = ranks.attempt(lambda: _planned(convert, model, files, load_config), f"loading {folder}")
+    reasons = {rank: text for rank, text in enumerate(ranks.gather(cannot)) if text is not None}
+    if reasons:   # transformers' own way is collective: all ranks take it or none
+        rank, text = next(iter(reasons.items()))
+        logger.warning(f"weights are read whole on rank 0 and broadcast, since rank {rank} cannot read its part: {text}")
+        return None
+    source = source_of(folder, {name: value.reader for name, value, _ in found})
+    fill(source, [(name, source.tensors[name, "weight"], target) for name, _, target in found])
+    deferred.forget_results()
+    for _, _, target in found:
+        target._is_hf_initialized = True
+    return report, None
+
+
+def _planned(convert, model, files, load_config):
+    """(what is to be filled: (name, deferred tensor, parameter or buffer), transformers' report, None), or (None, None, why not)."""
     readers = {}
     try:
         for path in files:
             readers.update(read_safetensors(os.fspath(path)))
         tensors = {name: deferred.Deferred(reader) for name, reader in readers.items()}
-    except (CheckpointError, KeyError) as error:
-        logger.warning(f"weights are read whole on rank 0 and broadcast: {error}")
-        return None
-    for name in [name for name in tensors if name.endswith(_EXTRA_STATE)]:
-        tensors[name] = deferred.materialise(tensors[name])
+        for name in [name for name in tensors if name.endswith(_EXTRA_STATE)]:
+            tensors[name] = deferred.materialise(tensors[name])
+    except (CheckpointError, KeyError, OSError) as error:
+        return None, None, str(error)
     with _Harvest(model) as harvest:
         report, _ = convert(model=model, state_dict=tensors, load_config=load_config, disk_offload_index=None)
     if report.conversion_errors:
-        return None
-    readers = {name: value.reader for name, value, _ in harvest.found}
-    source = source_of(os.path.dirname(os.fspath(files[0])), readers)
-    fill(source, [(name, source.tensors[name, "weight"], target) for name, _, target in harvest.found])
-    deferred.forget_results()
-    for _, _, target in harvest.found:
-        target._is_hf_initialized = True
-    return report, None
+        name, error = next(iter(report.conversion_errors.items()))
+        return None, None, f"'{name}' is not converted: {error}"
+    return harvest.found, report, None
 
 
 class _Harvest:

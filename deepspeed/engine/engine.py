@@ -90,7 +90,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = self._backwards = 0
         self.losses = None
         self.optimizer = self.basic_optimizer = self.lr_scheduler = None
-        self.checkpoint_engine = self._frozen_file = self._background_saver = self._half_loaded = None
+        self.checkpoint_engine = self._frozen_file = self._background_saver = self._loading_folder = self._half_loaded_guard = None
         self.enable_backward_allreduce = True
         self._boundary = None
         self._step_applied = False
@@ -189,6 +189,19 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         if watched:
             self._end("forward")
         return output
+
+    @property
+    def _half_loaded(self):
+        """The folder whose loading has begun and not ended; None otherwise."""
+        return self._loading_folder
+
+    @_half_loaded.setter
+    def _half_loaded(self, folder):
+        self._loading_folder = folder
+        if self._half_loaded_guard is not None:
+            self._half_loaded_guard.remove()
+        # The model called by itself refuses as well; the hook is there only then.
+        self._half_loaded_guard = self.module.register_forward_pre_hook(_HalfLoadedGuard(self), prepend=True) if folder is not None else None
 
     def _check_loss(self, loss):
         if not isinstance(self.optimizer, build.ShardedOptimizer):
@@ -384,7 +397,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
             self._managed.settle(self.module)
         self.optimizer = self.basic_optimizer = self.lr_scheduler = self.client_optimizer = self.client_lr_scheduler = None
         self.param_names = {}
-        self._managed = None
+        self._managed = self._half_loaded = None
         self.monitor.close()
 
 
@@ -393,6 +406,21 @@ def _settle(managed, module):
     module = module()
     if module is not None:
         managed.settle(module)
+
+
+class _HalfLoadedGuard:
+    """A hook on the model, for as long as its engine lives. Copies and pickles of the model carry one that does nothing."""
+
+    def __init__(self, engine=None):
+        self._engine = weakref.ref(engine) if engine is not None else None
+
+    def __call__(self, *_):
+        engine = self._engine() if self._engine is not None else None
+        if engine is not None:
+            engine._refuse_half_loaded()
+
+    def __reduce__(self):
+        return _HalfLoadedGuard, ()
 
 
 class _StepNumber:

@@ -203,6 +203,7 @@ class CheckpointMethods:
     def module_state_dict(self, destination=None, prefix="", keep_vars=False, exclude_frozen_parameters=False):
         """module.state_dict(); refuses while parameters are sharded."""
         self._refuse_without_states("module_state_dict", "lp_params")
+        self._refuse_half_loaded()
         state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
             for name, parameter in self.module.named_parameters():

@@ -26,8 +26,10 @@ class WeightMethods:
         larger than half of it, two units.
 
         merge_lora: weights as PEFT's merge_and_unload() would leave them, under the names of the model below PEFT; adapters do not appear,
-        and neither is the model touched. Only adapters that are active count. ValueError for adapters that are not a sum (DoRA).
+        and neither is the model touched. Only adapters that are active count. ValueError for adapters that are not a sum (DoRA)
+        and for weights that nothing can be added to (quantised ones).
         """
+        self._refuse_half_loaded()
         self._refuse_without_states("iter_full_params", "lp_params")
         if bucket_bytes <= 0:
             raise ValueError(f"iter_full_params: bucket_bytes must be positive, got {bucket_bytes}")
@@ -128,11 +130,27 @@ def _value(item):
         return item.parameter.detach()
     total = item.parameter.detach().float()
     for layer, adapter in item.deltas:
-        total = total + layer.get_delta_weight(adapter).float()
+        delta = layer.get_delta_weight(adapter)
+        if delta.shape != total.shape:   # of a layer whose factors do not tell it beforehand
+            raise _unfit(item.name, item.parameter, delta.shape)
+        total = total + delta.float()
     return total.to(item.parameter.dtype)
 
 
 # ---- LoRA
+
+def _unfit(name, weight, wanted):
+    return ValueError(f"iter_full_params: merge_lora adds {tuple(wanted)} to the weight of '{name}', which is {tuple(weight.shape)} {weight.dtype}: "
+                      "dequantise the model first, or stream it with merge_lora=False")
+
+
+def _delta_shape(layer, adapter):
+    """That of get_delta_weight(), told from the factors, which need not be whole for it."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter].shape[1], layer.lora_embedding_B[adapter].shape[0]
+    shape = (layer.lora_B[adapter].weight.shape[0], *layer.lora_A[adapter].weight.shape[1:])
+    return shape[::-1] if getattr(layer, "fan_in_fan_out", False) else shape
+
 
 def _merged(module):
     """Items under the names that the model has without its adapters."""
@@ -180,7 +198,16 @@ class _Names:
                 continue
             if layer.lora_variant.get(adapter) is not None or layer.lora_bias.get(adapter):
                 raise ValueError(f"iter_full_params: adapter '{adapter}' of '{path}' changes more than a sum (DoRA, a bias): merge it with PEFT")
+            self._refuse_quantised(path, layer, adapter, weight)
             self.deltas.setdefault(id(weight), []).append((layer, adapter))
+
+    @staticmethod
+    def _refuse_quantised(path, layer, adapter, weight):
+        """Codes look like a weight: packed ones of another shape, those of one byte of the same."""
+        experts = hasattr(layer, "parameter_name")   # in one tensor, whose factors lie otherwise: compared when they are merged
+        wanted = tuple(weight.shape) if experts else _delta_shape(layer, adapter)
+        if tuple(weight.shape) != wanted or not weight.is_floating_point() or weight.element_size() < 2:
+            raise _unfit(path, weight, wanted)
 
     def without_adapters(self, path):
         """The name of a parameter in the model below PEFT; None: it belongs to an adapter."""

@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from deepspeed.zero.stand_in import converted, is_stand_in, represented, slice_as_numpy, stand_in
+from deepspeed.zero.stand_in import ShardBytes, converted, is_stand_in, represented, stand_in
 from deepspeed.zero.tensors import tensors_in
 
 _T = torch.Tensor
@@ -132,7 +132,7 @@ class Guarded:
             if func != _NUMPY:
                 return converted(args[0], func, args[1:], kwargs, guard_class(torch.Tensor))
             if args[0].__dict__["ds_home"].owner.hooks is None:
-                return slice_as_numpy(args[0], args[1:], kwargs)
+                return ShardBytes(args[0], args[1:], kwargs)
         units = []
         for parameter in freed:
             home = parameter.__dict__["ds_home"]

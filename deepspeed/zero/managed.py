@@ -64,13 +64,15 @@ class ParamHome:
     def gathered(self):
         return self.owner.store.is_gathered(self.unit)
 
+    def refuse(self, function):
+        raise RuntimeError(f"{function} was called on parameter '{self.name}', which is sharded by ZeRO-3 and not gathered on this rank: "
+                           f"wrap the access in `with deepspeed.zero.GatheredParameters([parameter]):` on all ranks")
+
     def gather_for_use(self, function):
         """An operation outside the hooks meets the freed parameter."""
         owner = self.owner
         if not owner.scheduler.in_forward:
-            raise RuntimeError(
-                f"{function} was called on parameter '{self.name}', which is sharded by ZeRO-3 and not gathered on this rank: "
-                f"wrap the access in `with deepspeed.zero.GatheredParameters([parameter]):` on all ranks")
+            self.refuse(function)
         owner.scheduler.enter(self.unit)
         if self.unit not in owner.borrowed:
             owner.borrowed.append(self.unit)

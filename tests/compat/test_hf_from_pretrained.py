@@ -149,3 +149,48 @@ def test_other_files_are_loaded_the_old_way(folder):
     dist.barrier()
     found, wanted = (load(models.model_class("llama"), path, sharded)[1] for sharded in (True, False))
     same(found, wanted)
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+@pytest.mark.parametrize("what", ["headers", "conversions"])
+def test_what_one_rank_cannot_read_by_slices_all_load_the_old_way(what, folder):
+    from deepspeed.checkpoint import transformers_loading
+    from deepspeed.checkpoint.source import CheckpointError
+    path = save(folder, "llama")
+    wanted = load(models.model_class("llama"), path, False)[1]
+    filled = []
+
+    def unreadable(file):
+        raise CheckpointError(f"{file}: no rights here")
+
+    def converts_badly(*arguments):
+        found, report, _ = planned(*arguments)
+        return None, None, "'lm_head' is not converted"
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(transformers_loading, "fill", lambda *_: filled.append(True))
+        if dist.get_rank() == 1:
+            if what == "headers":
+                monkeypatch.setattr(transformers_loading, "read_safetensors", unreadable)
+            else:
+                monkeypatch.setattr(transformers_loading, "_planned", converts_badly)
+        found = load(models.model_class("llama"), path, True)[1]
+    same(found, wanted)
+    assert not filled
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+def test_values_that_one_rank_cannot_read_are_an_error_on_all(folder):
+    from deepspeed.checkpoint.foreign.tensor_ref import StorageRef
+    from deepspeed.checkpoint.source import CheckpointError
+    path = save(folder, "llama")
+
+    def unreadable(storage, *_):
+        raise OSError(13, "no rights here", storage.path)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if dist.get_rank() == 1:
+            monkeypatch.setattr(StorageRef, "read_into", unreadable)
+        with pytest.raises(CheckpointError, match="failed on rank 1: .*safetensors: no rights here"):
+            load(models.model_class("llama"), path, True)
+    training.forget_accelerate()

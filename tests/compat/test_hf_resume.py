@@ -117,3 +117,23 @@ def test_weights_stream_under_the_names_of_the_model(stage, merge, folder):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-7), name
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("codes", ["of one byte", "packed", "packed halves"])
+def test_adapters_are_not_merged_into_codes(codes, stage):
+    import deepspeed
+    training.forget_accelerate()
+    model = training.with_lora(models.build("llama-tied"))
+    path, layer = next((path, layer) for path, layer in model.named_modules() if hasattr(layer, "lora_A"))
+    shape = tuple(layer.get_base_layer().weight.shape)
+    coded = {"of one byte": torch.zeros(shape, dtype=torch.uint8), "packed": torch.zeros(shape[0] * shape[1] // 2, 1, dtype=torch.uint8),
+             "packed halves": torch.zeros(shape[0] * shape[1] // 2, 1, dtype=torch.bfloat16)}[codes]
+    layer.get_base_layer().weight = torch.nn.Parameter(coded, requires_grad=False)
+    section = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    engine = deepspeed.initialize(model=model, config=section)[0]
+    with pytest.raises(ValueError, match=f"{path}.*{tuple(coded.shape)[0]}.*merge_lora=False"):
+        engine.iter_full_params(merge_lora=True)
+    assert sum(1 for _ in engine.iter_full_params()) == sum(1 for _ in model.parameters())
+    engine.destroy()

@@ -215,7 +215,8 @@ def test_a_load_that_fails_midway_leaves_an_engine_that_refuses(tmp_path):
         with pytest.raises(CheckpointError, match="(?s)is damaged.*before and after.*load_checkpoint.*built anew"):
             engine.load_checkpoint(tmp_path / "bad", tag)
         for work in (lambda: one_step(engine, width), engine.step, lambda: engine.save_checkpoint(tmp_path / "c"),
-                     lambda: engine.save_16bit_model(tmp_path / "c")):
+                     lambda: engine.save_16bit_model(tmp_path / "c"), lambda: next(engine.iter_full_params()), engine.module_state_dict,
+                     lambda: engine.module(rows(0, dist.get_rank(), dist.get_world_size(), width))):
             with pytest.raises(RuntimeError, match="loading .*bad.* has failed midway"):
                 work()
     assert not (tmp_path / "c").exists()

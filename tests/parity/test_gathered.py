@@ -2,8 +2,10 @@
 """GatheredParameters, the ds_* surface of parameters, external parameters, leaf modules and hooks: what callers do to a sharded model."""
 import copy
 import gc
+import io
 import pickle
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -491,6 +493,14 @@ def test_state_dict_of_sharded_parameters_answers_shapes_and_takes_values_when_t
         state["weight"] + 1
 
 
+NO_HASHING = {
+    "array": numpy.asarray, "copy": numpy.array, "sum": lambda a: a.sum(), "shape": lambda a: a.shape, "index": lambda a: a[0], "len": len,
+    "add": lambda a: a + 1, "add to": lambda a: numpy.ones(3) + a, "equal": lambda a: a == 1, "save": lambda a: numpy.save(io.BytesIO(), a),
+    "pickle": pickle.dumps, "deepcopy": copy.deepcopy, "ufunc": numpy.exp, "concatenate": lambda a: numpy.concatenate([a, a]), "loop": list,
+    "truth": bool, "float": float, "set": lambda a: setattr(a, "flags", 1), "stack": lambda a: numpy.stack([a]),
+}
+
+
 @on_ranks(2)
 def test_entries_of_a_sharded_state_dict_convert_and_hash_on_one_rank_alone():
     """TRL tells reference models apart by hashing a state_dict()."""
@@ -507,7 +517,10 @@ def test_entries_of_a_sharded_state_dict_convert_and_hash_on_one_rank_alone():
         assert half.detach().dtype == torch.bfloat16
         wide = half.float().numpy()
         mine = weight.ds_tensor.numel()
-        assert 0 < mine < entry.numel() and (wide == expected.flatten()[-mine:].bfloat16().float().numpy()).all()
+        assert 0 < mine < entry.numel() and wide.tobytes() == expected.flatten()[-mine:].bfloat16().float().numpy().tobytes()
+        for use in NO_HASHING.values():
+            with pytest.raises(RuntimeError, match="numpy.*'weight'.*sharded by ZeRO-3"):
+                use(wide)
         with pytest.raises(RuntimeError, match="clone.*'weight'.*sharded by ZeRO-3"):
             half.clone()
         with pytest.raises(RuntimeError, match="sharded by ZeRO-3"):
@@ -517,6 +530,19 @@ def test_entries_of_a_sharded_state_dict_convert_and_hash_on_one_rank_alone():
         assert torch.equal(half.clone(), expected.bfloat16()) and half.shape == half.float().numpy().shape
     with pytest.raises(RuntimeError, match="numpy.*'weight'.*sharded by ZeRO-3"):
         weight.numpy()
+
+
+@on_ranks(2)
+def test_converting_an_entry_of_a_sharded_state_dict_takes_no_memory():
+    with deepspeed.zero.Init():
+        model = nn.Linear(700, 300, bias=False)
+    entry = model.state_dict()["weight"]
+    for made in (entry.double(), entry.bfloat16().float().half()):
+        with torch._C.DisableTorchFunctionSubclass():
+            assert made.untyped_storage().nbytes() == 0 and (made.shape, made.stride()) == ((300, 700), (700, 1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        entry.double()
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.events()) < 1024
 
 
 @on_ranks(2)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """load_pretrained_shards: every kind of model, every kind of file, only the bytes that are kept."""
+import errno
 import json
 import os
 from pathlib import Path
@@ -179,6 +180,37 @@ def test_plain_models_and_torch_files(folder):
         empty = Tiny()
     with pytest.raises(CheckpointError, match="meta device"):
         deepspeed.load_pretrained_shards(empty, folder)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("where", ["header", "values"])
+@pytest.mark.parametrize("kind", ["init", "stage 2", "stage 3"])
+def test_what_one_rank_cannot_read_is_an_error_on_all(folder, where, kind):
+    pretrained(folder, files=3)
+    model = init_model() if kind == "init" else engine_of(tiny(), config(int(kind[-1])))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if dist.get_rank() == 1:
+            unreadable(folder / "model-00002-of-00003.safetensors", where, monkeypatch)
+        with pytest.raises(CheckpointError, match=r"failed on rank 1: .*model-00002-of-00003.safetensors"):
+            deepspeed.load_pretrained_shards(model, folder)
+    assert deepspeed.load_pretrained_shards(model, folder) == ([], [], [])
+    check(model if kind == "init" else model.module, {**tiny(11).state_dict(), "seen": torch.tensor(7.0)})
+
+
+def unreadable(path, where, monkeypatch):
+    """From now on, on this rank: "header", the file cannot be opened; "values", reading tensors fails."""
+    from deepspeed.checkpoint import pretrained as module
+    from deepspeed.checkpoint.foreign.tensor_ref import StorageRef
+    owner, name = {"header": (module, "read_safetensors"), "values": (StorageRef, "read_into")}[where]
+    real = getattr(owner, name)
+
+    def read(first, *rest):
+        mine = first.path if where == "values" else first
+        if mine == str(path):
+            raise OSError(errno.EACCES, "no rights here", mine)
+        return real(first, *rest)
+
+    monkeypatch.setattr(owner, name, read)
 
 
 @on_ranks(1)
