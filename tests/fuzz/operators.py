@@ -233,7 +233,8 @@ FITTING = {f"deepspeed::{name}": fit for name, fit in {
     "layer_norm": norm, "layer_norm_residual": norm, "rms_norm": norm, "rms_norm_residual": norm,
     "layer_norm_backward": norm_backward("mean", "rstd"), "rms_norm_backward": norm_backward("rstd"),
     "quantize": with_format("x"), "quantize_feedback": with_format("x", "residual"), "fake_quantize": with_format("x"),
-    "scaled_masked_softmax_backward": probabilities, "scale_unless_one_": scaled, "linear_cross_entropy_chunks": labelled("row_weights", "needs", *_OF_HIDDEN),
+    "scaled_masked_softmax_backward": probabilities, "scaled_masked_softmax_backward_": probabilities, "scale_unless_one_": scaled,
+    "linear_cross_entropy_chunks": labelled("row_weights", "needs", *_OF_HIDDEN),
 }.items()}
 
 

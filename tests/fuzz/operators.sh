@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Calls every operator with random arguments under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Calls every operator, and the optimizers' updates, with random arguments under AddressSanitizer and UndefinedBehaviorSanitizer.
 #
 #   tests/fuzz/operators.sh [SECONDS] [SEED]      default: 120 seconds, seed from the clock
 #
@@ -16,6 +16,8 @@ cmake -S . -B "$where" -G Ninja -DDS_CUDA=0 -DDS_TESTS=OFF -DDS_SANITIZE=address
   -DDS_PYTHON_OUTPUT_DIR="$where/package/deepspeed" >"$where/cmake.log"
 cmake --build "$where" --target _core _C
 # The interpreter is not instrumented: the sanitizer's runtime must be there before it. Its memory is not ours to call leaked.
-LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)" \
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 \
-  PYTHONPATH="$where/package" "$PYTHON" tests/fuzz/operators.py --seconds "${1:-120}" --seed "${2:-$(date +%s)}"
+  PYTHONPATH="$where/package"
+"$PYTHON" tests/fuzz/operators.py --seconds "${1:-120}" --seed "${2:-$(date +%s)}"
+"$PYTHON" tests/fuzz/steps.py --seconds "$(("${1:-120}" / 4))" --seed "${2:-$(date +%s)}"
