@@ -186,7 +186,7 @@ void bind_streams(py::module_& module) {
   }, py::arg("data"), py::arg("crc") = 0);
   module.def("exchange_paths", &ds::platform::exchange_paths, py::arg("a"), py::arg("b"), py::call_guard<py::gil_scoped_release>(),
              "Two paths change places at once; False when the file system cannot.");
-  module.def("crc32c_kind", &ds::io::crc32c_kind, "What computes the checksum: sse4.2, armv8 or tables.");
+  module.def("crc32c_kind", [] { return ds::io::crc32c_forms()[0]; }, "What computes the checksum: vpclmulqdq, sse4.2, armv8 or tables.");
   module.def("convert_elements", [](const py::buffer& src, const std::string& from, const py::buffer& dst, const std::string& to) {
     const ds::DType source = dtype_from_name(from), target = dtype_from_name(to);
     const py::buffer_info in = src.request(), out = dst.request(/*writable=*/true);

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cerrno>
 #include <optional>
 #include <tuple>
 
@@ -81,6 +82,8 @@ void bind_ops(py::module_& m) {
         [](int64_t numel, at::ScalarType dtype, at::Device device) { return optim::long_lived_zeros(numel, dtype, device); },
         py::arg("numel"), py::arg("dtype"), py::arg("device"), Release());
   m.def("settle", &optim::settle, py::arg("tensor"), Release());
+  m.def("discard", [](const at::Tensor& t) { return optim::discard(t) ? 0 : errno; }, py::arg("tensor"), Release(),
+        "Frees the memory of a tensor on the host, and its values with it. 0, or the errno with which the system keeps it.");
   m.def("squared_norm", &optim::squared_norm, py::arg("tensors"), Release());
   m.def("scale_tensors", &optim::scale_tensors, py::arg("tensors"), py::arg("factor"), Release());
 }

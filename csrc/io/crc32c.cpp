@@ -4,11 +4,14 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <string>
+#include <vector>
 
+#include "base/error.h"
 #include "platform/cpu.h"
 
 #if defined(__x86_64__)
-#include <nmmintrin.h>
+#include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_acle.h>
 #include <asm/hwcap.h>
@@ -141,22 +144,66 @@ constexpr const char* kInstruction = "tables";
 uint32_t instruction_register(const unsigned char* p, size_t n, uint32_t c) { return tables_register(p, n, c); }
 #endif
 
+// ---- carry-less products, 256 bytes a round ------------------------------------------------------------------------
+// Note [Folding]: bytes are the coefficients of a polynomial, the first byte's the highest, and only its remainder counts. So 16 bytes may be
+// replaced by their product with x^D modulo the polynomial, added to the 16 bytes D bits behind. In this order of bits a carry-less product
+// is the polynomials' product times x, hence the exponents less one. What is left at the end is summed as any message is.
+
+#if defined(__x86_64__)
+#define DS_CRC_FOLDS 1
+__attribute__((target("avx512f,vpclmulqdq"))) uint32_t folding_register(const unsigned char* p, size_t n, uint32_t c) {
+  constexpr size_t kRound = 256;
+  constexpr uint64_t kBits = 8 * kRound;
+  if (n < 2 * kRound) return instruction_register(p, n, c);
+  // By which the first and the second eight bytes of sixteen are multiplied.
+  static const uint64_t first = uint64_t{power_of_x(kBits + 64 - 1)} << 32, second = uint64_t{power_of_x(kBits - 1)} << 32;
+  const auto a = static_cast<int64_t>(first), b = static_cast<int64_t>(second);
+  const __m512i factors = _mm512_set_epi64(b, a, b, a, b, a, b, a);
+  __m512i z[4];
+  for (int i = 0; i < 4; ++i) z[i] = _mm512_loadu_si512(p + 64 * i);
+  z[0] = _mm512_xor_si512(z[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(c))));
+  for (n -= kRound, p += kRound; n >= kRound; n -= kRound, p += kRound) {
+    for (int i = 0; i < 4; ++i) {
+      const __m512i low = _mm512_clmulepi64_epi128(z[i], factors, 0x00), high = _mm512_clmulepi64_epi128(z[i], factors, 0x11);
+      z[i] = _mm512_ternarylogic_epi64(low, high, _mm512_loadu_si512(p + 64 * i), 0x96);   // the sum of the three
+    }
+  }
+  alignas(64) unsigned char left[kRound];
+  for (int i = 0; i < 4; ++i) _mm512_store_si512(left + 64 * i, z[i]);
+  return instruction_register(p, n, instruction_register(left, kRound, 0));
+}
+#endif
+
 using Register = uint32_t (*)(const unsigned char*, size_t, uint32_t);
 
-Register chosen() {
-  static const Register choice = has_instruction() ? instruction_register : tables_register;
-  return choice;
+struct Form {
+  const char* name;
+  Register run;
+};
+
+// What this machine can run, best first.
+const std::vector<Form>& forms() {
+  static const std::vector<Form> found = [] {
+    std::vector<Form> list;
+#ifdef DS_CRC_FOLDS
+    if (platform::cpu_features().vpclmulqdq) list.push_back({"vpclmulqdq", folding_register});
+#endif
+    if (has_instruction()) list.push_back({kInstruction, instruction_register});
+    list.push_back({"tables", tables_register});
+    return list;
+  }();
+  return found;
 }
 
 }  // namespace
 
 uint32_t crc32c(const void* data, size_t bytes, uint32_t crc) {
-  return ~chosen()(static_cast<const unsigned char*>(data), bytes, ~crc);
+  return ~forms()[0].run(static_cast<const unsigned char*>(data), bytes, ~crc);
 }
 
 uint32_t crc32c_copy(void* dst, const void* src, size_t bytes, uint32_t crc) {
   constexpr size_t kPiece = 3 * kStrand;   // small enough that the copy is still in the nearest cache when it is summed
-  const Register run = chosen();
+  const Register run = forms()[0].run;
   auto* to = static_cast<unsigned char*>(dst);
   const auto* from = static_cast<const unsigned char*>(src);
   uint32_t c = ~crc;
@@ -171,10 +218,17 @@ uint32_t crc32c_copy(void* dst, const void* src, size_t bytes, uint32_t crc) {
   return ~c;
 }
 
-uint32_t crc32c_tables(const void* data, size_t bytes, uint32_t crc) {
-  return ~tables_register(static_cast<const unsigned char*>(data), bytes, ~crc);
+uint32_t crc32c_by(const std::string& form, const void* data, size_t bytes, uint32_t crc) {
+  for (const Form& f : forms()) {
+    if (form == f.name) return ~f.run(static_cast<const unsigned char*>(data), bytes, ~crc);
+  }
+  DS_FAIL("this machine has no form '" << form << "' of CRC-32C");
 }
 
-const char* crc32c_kind() { return has_instruction() ? kInstruction : "tables"; }
+std::vector<std::string> crc32c_forms() {
+  std::vector<std::string> names;
+  for (const Form& f : forms()) names.emplace_back(f.name);
+  return names;
+}
 
 }  // namespace ds::io

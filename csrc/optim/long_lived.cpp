@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "base/error.h"
 #include "platform/memory.h"
 
 namespace ds::optim {
@@ -32,6 +33,11 @@ at::Tensor long_lived_copy(const at::Tensor& source) {
 
 void settle(const at::Tensor& t) {
   if (t.device().is_cpu() && t.is_non_overlapping_and_dense()) platform::collapse_huge_pages(t.data_ptr(), t.nbytes());
+}
+
+bool discard(const at::Tensor& t) {
+  DS_CHECK_VALUE(t.device().is_cpu() && t.is_non_overlapping_and_dense(), "discard: the tensor must be dense and on the host");
+  return platform::discard_pages(t.data_ptr(), t.nbytes());
 }
 
 }  // namespace ds::optim

@@ -26,6 +26,7 @@ CpuFeatures query() {
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   f.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  f.vpclmulqdq = f.avx512 && __builtin_cpu_supports("vpclmulqdq");
   unsigned a, b, c, d;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = f.avx512 && (a & (1u << 5)) != 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) f.amx_bf16 = (d & (1u << 22)) != 0;
@@ -55,6 +56,7 @@ std::vector<std::string> cpu_feature_names() {
   add(f.avx512, "avx512");
   add(f.avx512_bf16, "avx512_bf16");
   add(f.amx_bf16, "amx_bf16");
+  add(f.vpclmulqdq, "vpclmulqdq");
   add(f.neon, "neon");
   add(f.sve, "sve");
   return names;

@@ -13,6 +13,7 @@ struct CpuFeatures {
   bool avx512 = false; // F, BW, CD, DQ, VL: the Skylake-X set
   bool avx512_bf16 = false;
   bool amx_bf16 = false;
+  bool vpclmulqdq = false;  // with avx512: carry-less products of four pairs at once
   bool neon = false;
   bool sve = false;
 };

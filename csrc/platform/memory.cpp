@@ -69,6 +69,30 @@ void collapse_huge_pages(void* data, size_t bytes) {
   }
 }
 
+bool discard_pages(void* data, size_t bytes) {
+  const uintptr_t begin = align_up(reinterpret_cast<uintptr_t>(data), kPageBytes);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPageBytes * kPageBytes;
+  if (begin >= end) return true;
+  // What is not shared refuses to be removed from a file.
+  return madvise(reinterpret_cast<void*>(begin), end - begin, MADV_REMOVE) == 0 ||
+         madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0;
+}
+
+namespace {
+
+void advise_pages(const void* data, size_t bytes, int advice) {
+  if (bytes == 0) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPageBytes * kPageBytes;
+  const uintptr_t end = align_up(reinterpret_cast<uintptr_t>(data) + bytes, kPageBytes);
+  madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+}
+
+}  // namespace
+
+void unmap_pages(void* data, size_t bytes) { advise_pages(data, bytes, MADV_DONTNEED); }
+
+void prefetch_pages(const void* data, size_t bytes) { advise_pages(data, bytes, MADV_WILLNEED); }
+
 void set_pin_hooks(const PinHooks& hooks) { g_pin_hooks = hooks; }
 
 bool can_pin() { return g_pin_hooks.pin != nullptr; }

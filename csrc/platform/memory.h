@@ -24,6 +24,16 @@ bool can_pin();
 void advise_huge_pages(void* data, size_t bytes);    // for memory that is to be written
 void collapse_huge_pages(void* data, size_t bytes);  // for memory that has been: its small pages are copied together (Linux 6.1)
 
+// Gives the whole pages inside [data, data + bytes) back to the system, those of a shared mapping in its file; false, with errno, where it keeps
+// them. They come back empty when they are touched.
+bool discard_pages(void* data, size_t bytes);
+
+// Takes the whole pages that meet [data, data + bytes) of a shared mapping of a file out of this process's resident memory; the file keeps them.
+// Never for other memory, whose values it would drop.
+void unmap_pages(void* data, size_t bytes);
+// Starts to read such pages from the disk.
+void prefetch_pages(const void* data, size_t bytes);
+
 // Zero-filled memory mapped from the system; pages become resident when first written. Page-aligned; from kHugePageBytes on
 // aligned to and advised for huge pages (DS_HUGE_PAGES=0 turns the advice off). Movable, not copyable.
 class Buffer {

@@ -2,6 +2,7 @@
 #include "zero/autograd_hooks.h"
 
 #include <algorithm>
+#include <utility>
 
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
@@ -25,11 +26,11 @@ class GradientDone : public torch::autograd::FunctionPostHook {
       : context_(std::move(context)), param_(param), tensor_(std::move(tensor)) {}
 
   variable_list operator()(const variable_list& outputs, const variable_list&) override {
-    at::Tensor& grad = tensor_.mutable_grad();
-    if (context_->closed || !grad.defined()) return outputs;
+    if (context_->closed || !tensor_.mutable_grad().defined()) return outputs;
+    // Also when what follows throws: a gradient that stays would be added to the next one.
+    const at::Tensor grad = std::exchange(tensor_.mutable_grad(), at::Tensor());
     context_->arrange_end();
     context_->reducer->on_grad(param_, grad);
-    grad.reset();
     return outputs;
   }
 

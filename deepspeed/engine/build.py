@@ -51,8 +51,8 @@ def manage(model, config, layout, device, group, trained):
     _move_rest(model, device)
     managed.store.trim_pool()
     trim_heap()
-    managed.install_unit_hooks(plan, units)
-    managed.install_root_hooks(model)
+    managed.module_hooks.install_units(plan, units)
+    managed.module_hooks.install_root(model)
     return managed
 
 

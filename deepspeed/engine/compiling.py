@@ -16,7 +16,7 @@ class Compilation:
         if schedule is not None or compiled_autograd_enabled:
             raise NotImplementedError("compile: schedules of passes and compiled autograd are not built yet; call compile() without them")
         options = dict(compile_kwargs or {})
-        hooked = self._managed.hooked_modules if self._managed is not None else 0
+        hooked = self._managed.module_hooks.hooked if self._managed is not None else 0
         if hooked and options.get("fullgraph"):
             raise ValueError(f"compile: fullgraph cannot hold at ZeRO stage 3, where graphs end at the borders of units ({hooked} modules of "
                              "this model): leave fullgraph out, or use stage 2")

@@ -95,8 +95,7 @@ class Timeline:
         flight.keep_trace(MOST_COLLECTIVES)
         engine = self._engine()
         if engine._managed is not None:
-            plan, _ = engine._managed._reinstall
-            for unit in plan.units:
+            for unit in engine._managed.module_hooks.plan.units:
                 self._watch_unit(unit.name or "root", unit.scope)
 
     def _watch_unit(self, name, module):

@@ -17,7 +17,7 @@ def register_external_parameter(module, parameter):
     home = home_of(parameter)
     if home is not None and home.owner.shards_params and not home.owner.store.is_persistent(home.unit):
         home.owner.scheduler.share(home.unit)
-        home.owner._hook_module(module, [home.unit], [], [home.unit])  # freed when the outermost module is done
+        home.owner.module_hooks.hook_module(module, [home.unit], [], [home.unit])  # freed when the outermost module is done
 
 
 def unregister_external_parameter(module, parameter):

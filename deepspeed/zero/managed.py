@@ -13,10 +13,9 @@ import weakref
 import torch
 
 from deepspeed._native import lib
-from deepspeed.zero import borders
-from deepspeed.zero.guard import guard_class, is_guarded
+from deepspeed.zero.guard import guard_class
+from deepspeed.zero.module_hooks import ModuleHooks
 from deepspeed.zero.status import ZeroParamStatus, ZeroParamType
-from deepspeed.zero.tensors import attributes_with_graph, tensors_in
 
 _next_id = itertools.count()
 
@@ -83,23 +82,6 @@ class ParamHome:
             owner.hooks.watch_outputs([self.unit], [t for t in outputs if t.requires_grad])
 
 
-class _Hook:
-    """A hook on a module, for as long as its ManagedModel lives. Copies and pickles of the module carry one that does nothing."""
-
-    def __init__(self, owner=None, body=None):
-        self._owner = weakref.ref(owner) if owner is not None else None
-        self._body = body
-
-    @borders.not_in_graphs
-    def __call__(self, *args):
-        owner = self._owner() if self._owner is not None else None
-        if owner is not None and not owner.closed:
-            self._body(owner, *args)
-
-    def __reduce__(self):
-        return _Hook, ()
-
-
 def home_of(parameter):
     """The parameter's ParamHome while its manager is alive, else None."""
     home = getattr(parameter, "__dict__", {}).get("ds_home")
@@ -123,11 +105,9 @@ class ManagedModel:
         self.hooks = None
         self.params = []          # Python parameters by store index
         self.closed = False
-        self.hooked_modules = 0   # that a unit is gathered for
         self.away = frozenset()   # kinds of states that the engine has put away (Note [Memory without values] in resting.py)
         self.resting = None       # the RestingStates that bring them back
-        self._away_handles = []
-        self._handles = []
+        self.module_hooks = ModuleHooks(self)
         self.borrowed = []        # units that the running forward uses outside the modules they were planned for
 
     # ---- filling
@@ -211,126 +191,6 @@ class ManagedModel:
         """Collective. The full flat tensor of which `mine` is this rank's slice (same dtype on all ranks)."""
         return self.store.gather_slices(parameter.ds_home.index, mine.detach())
 
-    # ---- hooks on modules
-
-    def install_unit_hooks(self, plan, units):
-        """Gathers units before the modules that use them run, and frees them after."""
-        self._reinstall = (plan, units)
-        enter, leave, done = {}, {}, {}
-        modules = {}
-        index_of = {id(p): unit for unit, u in zip(units, plan.units) for p in u.params}
-
-        def note(table, module, unit):
-            modules[id(module)] = module
-            units_of = table.setdefault(id(module), [])
-            if unit not in units_of:
-                units_of.append(unit)
-
-        for unit, u in zip(units, plan.units):
-            if not self.shards_params or self.store.is_persistent(unit):
-                continue
-            for module in u.hooked:
-                note(enter, module, unit)
-            note(leave, u.hooked[-1], unit)
-            note(leave, u.scope, unit)
-            # Backward meets the unit's modules in reverse: it is done with all of them at the first one's inputs.
-            note(done, u.hooked[0], unit)
-            note(done, u.scope, unit)
-        hooked_of = dict(zip(units, (u.hooked for u in plan.units)))
-        for module, parameter in plan.uses:
-            unit = index_of.get(id(parameter))
-            if unit is None or not self.shards_params or self.store.is_persistent(unit):
-                continue
-            if any(module is inner for outer in hooked_of[unit] for inner in outer.modules()):
-                continue  # runs inside a module that holds the unit anyway, and must not free it
-            self.scheduler.share(unit)
-            note(enter, module, unit)
-            note(leave, module, unit)
-            note(done, module, unit)
-        self.hooked_modules = len(modules)
-        for key, module in modules.items():
-            self._hook_module(module, enter.get(key, []), leave.get(key, []), done.get(key, []))
-
-    def _hook_module(self, module, enter, leave, done):
-        """enter, leave: units gathered before and freed after the forward. done: units freed when backward reaches the inputs."""
-
-        leaves = []     # inputs without a producer: they get a node when the forward first uses them
-
-        def before(owner, module, args, kwargs):
-            owner.refuse_while_away("forward", "lp_params")
-            for unit in enter:
-                owner.scheduler.enter(unit)
-            leaves.clear()
-            # Now, not after: the module may put tensors of its own making among its arguments (a cache of keys and values).
-            if done and torch.is_grad_enabled() and owner.hooks is not None:
-                inputs = [t for t in tensors_in(args) + tensors_in(kwargs) if t.requires_grad and not isinstance(t, torch.nn.Parameter)]
-                leaves.extend(t for t in inputs if t.is_leaf)
-                owner.hooks.watch_inputs(done, [t for t in inputs if not t.is_leaf])
-
-        kept_by = [inner.__dict__ for inner in module.modules()]
-
-        def after(owner, module, args, output):
-            if torch.is_grad_enabled() and owner.hooks is not None:
-                used = enter + [unit for unit in owner.borrowed if unit not in enter]
-                if used:
-                    results = tensors_in(output) + attributes_with_graph(kept_by)
-                    owner.hooks.watch_outputs(used, [t for t in results if t.requires_grad])
-                if leaves:
-                    owner.hooks.watch_inputs(done, leaves)
-            leaves.clear()
-            for unit in leave:
-                owner.scheduler.leave(unit)
-
-        if enter or done:
-            self._handles.append(module.register_forward_pre_hook(_Hook(self, before), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(_Hook(self, after)))
-
-    def install_root_hooks(self, model):
-        self._root = weakref.ref(model)
-        borders.keep_out_of_graphs()
-
-        def before(owner, module, args):
-            owner.refuse_while_away("forward", "lp_params")
-            owner.store.check_params()
-            if owner.reducer is not None and torch.is_grad_enabled():
-                owner.hooks.watch_parameters()
-            owner.scheduler.begin_forward()
-
-        def after(owner, module, args, kwargs, output):
-            if output is not None and torch.is_grad_enabled() and owner.hooks is not None:
-                results = [t for t in tensors_in(output) if t.requires_grad]
-                if owner.borrowed:
-                    owner.hooks.watch_outputs(owner.borrowed, results)
-                owner.hooks.watch_root(results)
-            owner.borrowed = []
-            owner.scheduler.end_forward()
-
-        def saves(owner, module, prefix, keep_vars):
-            owner.refuse_while_away("state_dict()", "lp_params")
-            if not keep_vars:
-                _refuse_freed(module, "state_dict()", "engine.save_16bit_model(folder) writes the whole weights")
-
-        def loads(owner, module, *rest):
-            owner.refuse_while_away("load_state_dict()", "lp_params")
-            _refuse_freed(module, "load_state_dict()", "engine.load_module_state_dict(state) takes whole weights")
-
-        self._handles.append(model.register_state_dict_pre_hook(_Hook(self, saves)))
-        self._handles.append(model.register_load_state_dict_pre_hook(_Hook(self, loads)))
-        # In front of all other hooks of the root, and behind them; also when the forward raises.
-        self._handles.append(model.register_forward_pre_hook(_Hook(self, before), prepend=True))
-        self._handles.append(model.register_forward_hook(_Hook(self, after), with_kwargs=True, always_call=True))
-
-    def reinstall_hooks(self):
-        """Puts the hooks back that a caller took off."""
-        plan, units = self._reinstall
-        self.install_unit_hooks(plan, units)
-        self.install_root_hooks(self._root())
-
-    def remove_module_hooks(self):
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     # ---- states that are away
 
     def refuse_while_away(self, call, *kinds):
@@ -347,29 +207,14 @@ class ManagedModel:
     def put_away(self, kinds, resting, model):
         """`resting` is about to free states of these kinds. The weights of no part of the model can be saved or loaded then."""
         self.away, self.resting = frozenset(kinds), resting
-        if "lp_params" not in kinds:
-            return
-
-        def saves(owner, module, prefix, keep_vars):
-            owner.refuse_while_away("state_dict()", "lp_params")
-
-        def loads(owner, module, *rest):
-            owner.refuse_while_away("load_state_dict()", "lp_params")
-
-        for module in list(model.modules())[1:]:   # the model's own hooks ask always
-            self._away_handles.append(module.register_state_dict_pre_hook(_Hook(self, saves)))
-            self._away_handles.append(module.register_load_state_dict_pre_hook(_Hook(self, loads)))
+        if "lp_params" in kinds:
+            self.module_hooks.guard_parts(model)
 
     def bring_home(self):
         """All values are back."""
         resting, self.resting, self.away = self.resting, None, frozenset()
         resting.drop()
-        for index, parameter in enumerate(self.params):
-            if parameter is not None and self.store.flat_info(self.store.param_place(index)[1])["trainable"]:
-                parameter.grad = None   # autograd left it there before the reducer refused; it would be added to the next one
-        for handle in self._away_handles:
-            handle.remove()
-        self._away_handles = []
+        self.module_hooks.unguard_parts()
 
     def refuse_to_unfreeze(self, parameters):
         """Those that are frozen now have no place among gradients and masters: requiring a gradient later is an error."""
@@ -398,10 +243,10 @@ class ManagedModel:
         if not self.shards_params:
             self.close()
             return
-        self.remove_module_hooks()
+        self.module_hooks.remove()
         if self.hooks is not None:
             self.hooks.close()
-        self.hooks = self.reducer = self.optimizer = self._reinstall = None
+        self.hooks = self.reducer = self.optimizer = self.module_hooks.plan = None
         self._let_go()
         self.store.drop_masters()
         self.store.trim_pool()
@@ -418,7 +263,7 @@ class ManagedModel:
         if self.closed:
             return
         self.closed = True
-        self.remove_module_hooks()
+        self.module_hooks.remove()
         if self.hooks is not None:
             self.hooks.close()
         self.hooks = self.reducer = None
@@ -440,14 +285,6 @@ def hold_by_modules(managed, model):
     for module in model.modules():
         if any(p is not None and home_of(p) is not None and home_of(p).owner is managed for p in module._parameters.values()):
             module.__dict__["_ds_zero_owner"] = managed
-
-
-def _refuse_freed(module, call, instead):
-    freed = [name for name, p in module.named_parameters() if is_guarded(p)]
-    if freed:
-        raise RuntimeError(f"{call}: {len(freed)} parameters of the model, the first '{freed[0]}', are sharded by ZeRO-3 and not gathered "
-                           f"on this rank: {instead}; or make the call on all ranks inside "
-                           "`with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=...):`")
 
 
 def _bind_methods(parameter):

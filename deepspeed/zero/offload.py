@@ -33,7 +33,7 @@ class DeepSpeedZeRoOffload:
         self.module = module
         self._managed = managed
         self.param_coordinator = PartitionedParameterCoordinator()
-        self.forward_hooks = list(managed._handles) if managed is not None else []
+        self.forward_hooks = list(managed.module_hooks.handles) if managed is not None else []
         self.backward_hooks = []
         module.ds_external_parameters = functools.partial(_external_parameters, module)
 
@@ -42,9 +42,9 @@ class DeepSpeedZeRoOffload:
 
     def _register_deepspeed_module(self, module, count=None):
         managed = self._managed
-        managed.remove_module_hooks()
-        managed.reinstall_hooks()
-        self.forward_hooks = list(managed._handles)
+        managed.module_hooks.remove()
+        managed.module_hooks.reinstall()
+        self.forward_hooks = list(managed.module_hooks.handles)
 
     def partition_all_parameters(self):
         self._managed.store.release_all()

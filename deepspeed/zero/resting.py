@@ -6,21 +6,15 @@ accelerator its storage is resized to nothing; on the host its pages are returne
 Pages at the ends, which may belong to others, stay. An accelerator's memory that is not torch's own (the store's, which peers may map), or
 that a tensor shares with others, cannot be resized: it stays as it is.
 """
-import ctypes
-import mmap
 import os
 import tempfile
 
 import torch
 
+from deepspeed._native import lib
 from deepspeed.telemetry import logger
 
-_DONT_NEED, _REMOVE = 4, 9   # Linux's MADV_*
 _CHUNK_BYTES = 64 << 20
-
-
-def _libc():
-    return ctypes.CDLL(None, use_errno=True)
 
 
 def _on_host(tensor):
@@ -37,16 +31,9 @@ def free_memory(tensor):
     if not _on_host(tensor):
         tensor.untyped_storage().resize_(0)
         return
-    page = mmap.PAGESIZE
-    begin = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
-    if begin >= end:
-        return
-    libc = _libc()
-    address, length = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
-    # Memory shared between processes is freed by removing it from its file; what is not shared refuses that.
-    if libc.madvise(address, length, _REMOVE) != 0 and libc.madvise(address, length, _DONT_NEED) != 0:
-        logger.warning_once(f"offload_states: the system keeps memory of offloaded states: {os.strerror(ctypes.get_errno())}")
+    problem = lib().discard(tensor)
+    if problem:
+        logger.warning_once(f"offload_states: the system keeps memory of offloaded states: {os.strerror(problem)}")
 
 
 class HostCopies:

@@ -37,10 +37,10 @@ TEST(Crc32c, EveryFormAgreesAtEverySizeAndAlignment) {
   const auto bytes = noise(60000);
   std::vector<unsigned char> copy(bytes.size());
   for (size_t shift : {0, 1, 3, 7}) {
-    for (size_t n : {0, 1, 7, 8, 9, 63, 64, 4095, 12287, 12288, 12289, 24576, 24600, 50001}) {
+    for (size_t n : {0, 1, 7, 8, 9, 63, 64, 511, 512, 513, 767, 768, 4095, 12287, 12288, 12289, 24576, 24600, 50001}) {
       const uint32_t want = by_bits(bytes.data() + shift, n);
       EXPECT_EQ(crc32c(bytes.data() + shift, n), want) << shift << ' ' << n;
-      EXPECT_EQ(crc32c_tables(bytes.data() + shift, n), want) << shift << ' ' << n;
+      for (const auto& form : crc32c_forms()) EXPECT_EQ(crc32c_by(form, bytes.data() + shift, n), want) << form << ' ' << shift << ' ' << n;
       std::fill(copy.begin(), copy.end(), static_cast<unsigned char>(0));
       EXPECT_EQ(crc32c_copy(copy.data() + 5, bytes.data() + shift, n), want) << shift << ' ' << n;
       EXPECT_TRUE(n == 0 || std::memcmp(copy.data() + 5, bytes.data() + shift, n) == 0);
@@ -54,7 +54,9 @@ TEST(Crc32c, ContinuesAnywhere) {
   const uint32_t whole = crc32c(bytes.data(), bytes.size());
   for (size_t at : {0, 1, 13, 12288, 29999, 30000}) {
     EXPECT_EQ(crc32c(bytes.data() + at, bytes.size() - at, crc32c(bytes.data(), at)), whole);
-    EXPECT_EQ(crc32c_tables(bytes.data() + at, bytes.size() - at, crc32c_tables(bytes.data(), at)), whole);
+    for (const auto& form : crc32c_forms()) {
+      EXPECT_EQ(crc32c_by(form, bytes.data() + at, bytes.size() - at, crc32c_by(form, bytes.data(), at)), whole) << form;
+    }
   }
 }
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
+
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -183,6 +185,18 @@ TEST(File, MemoryFilesHaveTheAskedSize) {
 }
 
 }  // namespace
+TEST(Pages, DiscardLeavesNeighbours) {
+  const Buffer memory(4 * kPageBytes);
+  auto* bytes = static_cast<unsigned char*>(memory.data());
+  std::fill_n(bytes, memory.bytes(), 7);
+  EXPECT_TRUE(discard_pages(bytes + 1, 3 * kPageBytes));  // two whole pages in it
+  EXPECT_EQ(std::count(bytes, bytes + memory.bytes(), 7), 2 * static_cast<int64_t>(kPageBytes));
+  EXPECT_EQ(bytes[kPageBytes - 1], 7);
+  EXPECT_EQ(bytes[kPageBytes], 0);
+  EXPECT_EQ(bytes[3 * kPageBytes], 7);
+  EXPECT_TRUE(discard_pages(bytes + 1, 10));
+}
+
 // Parts of a heap block that begin and end anywhere: bytes and neighbours stay, untouched pages stay away.
 TEST(HugePages, CollapseKeepsBytes) {
   const Buffer memory(5 * kHugePageBytes);
