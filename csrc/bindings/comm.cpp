@@ -167,7 +167,7 @@ void bind_collectives(TransportClass& c) {
   const auto phase = py::arg("phase") = "";
   const auto step = py::arg("step") = -1;
   const auto unit = py::arg("unit") = -1;
-  c.def("allocate", &Transport::allocate, py::arg("bytes"), Release());
+  c.def("allocate", &Transport::allocate, py::arg("bytes"), py::arg("folder") = "", Release());
   c.def(
       "all_gather",
       [](Transport& t, at::Tensor out, SymmetricBuffer& src, size_t offset, size_t stride, size_t bytes, const std::string& phase,

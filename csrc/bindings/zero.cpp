@@ -10,6 +10,7 @@
 #include "optim/device_ops.h"
 #include "optim/slice_optimizer.h"
 #include "zero/autograd_hooks.h"
+#include "zero/file_rest.h"
 #include "zero/grad_reducer.h"
 #include "zero/param_store.h"
 #include "zero/unit_scheduler.h"
@@ -125,12 +126,14 @@ void bind_store(py::module_& m) {
   py::class_<PyStore, std::shared_ptr<PyStore>>(m, "ParamStore", "Where parameters live; see csrc/zero/param_store.h.")
       .def(py::init([](std::shared_ptr<comm::Transport> world, std::shared_ptr<comm::Transport> shard,
                        std::shared_ptr<comm::Transport> reduce, std::shared_ptr<comm::Transport> replicate,
-                       const std::string& device, bool shard_params, bool full_master, int64_t align_numel) {
+                       const std::string& device, bool shard_params, bool full_master, int64_t align_numel,
+                       std::shared_ptr<zero::FileRest> rest, const std::string& folder, int64_t most_in_memory) {
              return std::make_shared<PyStore>(zero::Groups{world, shard, reduce, replicate}, at::Device(device),
-                                              zero::StoreOptions{shard_params, full_master, align_numel});
+                                              zero::StoreOptions{shard_params, full_master, align_numel, rest, folder, most_in_memory});
            }),
            py::arg("world"), py::arg("shard"), py::arg("reduce"), py::arg("replicate"), py::arg("device"), py::arg("shard_params"),
-           py::arg("full_master"), py::arg("align_numel") = 64)
+           py::arg("full_master"), py::arg("align_numel") = 64, py::arg("rest") = nullptr, py::arg("folder") = "",
+           py::arg("most_in_memory") = 0)
       .def("add_unit", &add_unit, py::arg("name"), py::arg("params"), py::arg("names"), py::arg("trainable"), py::arg("dtypes"),
            py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"), py::arg("vacant") = false)
       .def("gather", [](PyStore& s, int unit, const std::string& phase, bool prefetch) { s.gather(unit, comm::intern(phase), prefetch); },
@@ -183,6 +186,9 @@ void bind_store(py::module_& m) {
         const at::Tensor& master = s.flats().at(f).master;
         return master.defined() ? py::cast(master) : py::none();
       })
+      .def("make_master", &PyStore::make_master, Release())
+      .def("leave_files", &PyStore::leave_files)
+      .def("in_file", &PyStore::in_file)
       .def("set_master", [](PyStore& s, int f, at::Tensor t) { s.flats().at(f).master = std::move(t); })
       .def("clear_master", [](PyStore& s, int f) { s.flats().at(f).master = at::Tensor(); })
       .def("set_step", &PyStore::set_step)
@@ -191,6 +197,7 @@ void bind_store(py::module_& m) {
         const zero::StoreBytes held = s.bytes();
         py::dict d;
         d["parameters"] = held.parameters;
+        d["parameters_in_files"] = held.parameters_in_files;
         d["master_weights"] = held.master_weights;
         d["gathered_units"] = held.gathered_units;
         return d;
@@ -212,15 +219,17 @@ void bind_store(py::module_& m) {
 void bind_reducer(py::module_& m) {
   using zero::GradReducer;
   py::class_<GradReducer, std::shared_ptr<GradReducer>>(m, "GradReducer", "Gradients to fp32 slices; see csrc/zero/grad_reducer.h.")
-      .def(py::init([](PyStore& store, const py::object& comm_dtype, double pre_scale, bool replicate_grads) {
+      .def(py::init([](PyStore& store, const py::object& comm_dtype, double pre_scale, bool replicate_grads,
+                       std::shared_ptr<zero::FileRest> rest) {
              zero::ReducerOptions options;
+             options.rest = std::move(rest);
              if (!comm_dtype.is_none()) options.comm_dtype = scalar_type(comm_dtype);
              options.pre_scale = pre_scale;
              options.replicate_grads = replicate_grads;
              py::gil_scoped_release release;
              return std::make_shared<GradReducer>(store, options);
            }),
-           py::keep_alive<1, 2>(), py::arg("store"), py::arg("comm_dtype"), py::arg("pre_scale"), py::arg("replicate_grads"))
+           py::keep_alive<1, 2>(), py::arg("store"), py::arg("comm_dtype"), py::arg("pre_scale"), py::arg("replicate_grads"), py::arg("rest") = nullptr)
       .def("flush", &GradReducer::flush, py::arg("force") = false, Release())
       .def("set_deferred", &GradReducer::set_deferred)
       .def_property_readonly("deferred", &GradReducer::deferred)
@@ -282,6 +291,28 @@ void bind_hooks(py::module_& m) {
       .def("close", &AutogradHooks::close);
 }
 
+void bind_rest(py::module_& m) {
+  using zero::FileRest;
+  py::class_<FileRest, std::shared_ptr<FileRest>>(m, "FileRest", "Optimizer state in a file; see csrc/zero/file_rest.h.")
+      .def(py::init([](const std::string& folder, int buffers, int64_t tile_bytes, int64_t block_bytes, int queue_depth, int threads) {
+             io::EngineOptions options;
+             options.chunk_bytes = block_bytes;
+             options.queue_depth = queue_depth;
+             options.threads = threads;
+             return std::make_shared<FileRest>(offload::TierFile::create(folder, options), offload::StreamOptions{tile_bytes, buffers});
+           }),
+           py::arg("folder"), py::arg("buffers"), py::arg("tile_bytes"), py::arg("block_bytes"), py::arg("queue_depth"), py::arg("threads"),
+           Release())
+      .def("zeros", [](FileRest& r, int64_t numel, const py::object& dtype) { return r.zeros(numel, scalar_type(dtype)); })
+      .def("holds", &FileRest::holds)
+      .def("leave", &FileRest::leave)
+      .def("leave_all", &FileRest::leave_all)
+      .def_property_readonly("folder", [](const FileRest& r) { return r.file().folder(); })
+      .def_property_readonly("bytes", [](const FileRest& r) { return r.file().bytes(); })
+      .def_property_readonly("buffer_bytes", &FileRest::buffer_bytes)
+      .def_property_readonly("engine", [](const FileRest& r) { return r.file().engine().name(); });
+}
+
 void bind_optimizer(py::module_& m) {
   using optim::Hyper;
   using optim::Segment;
@@ -303,7 +334,8 @@ void bind_optimizer(py::module_& m) {
       .def_readwrite("eps_inside_sqrt", &Hyper::eps_inside_sqrt)
       .def_readwrite("step", &Hyper::step);
   py::class_<SliceOptimizer, std::shared_ptr<SliceOptimizer>>(m, "SliceOptimizer", "Optimizer state over owned slices and its fused step.")
-      .def(py::init([](const std::string& kind, int64_t params, std::shared_ptr<comm::Transport> transport) {
+      .def(py::init([](const std::string& kind, int64_t params, std::shared_ptr<comm::Transport> transport,
+                       std::shared_ptr<zero::FileRest> rest) {
              auto reduce = [transport](double* norms, int64_t count) {
                if (!transport) return;
                constexpr int64_t kBatch = 4096;
@@ -312,16 +344,20 @@ void bind_optimizer(py::module_& m) {
                  transport->all_reduce(norms + i, n, comm::Op::Sum, comm::Tag{-1, "param_norms", -1, n * 8});
                }
              };
-             return std::make_shared<SliceOptimizer>(optim::parse_kind(kind), params, reduce);
+             return std::make_shared<SliceOptimizer>(optim::parse_kind(kind), params, reduce, rest);
            }),
-           py::arg("kind"), py::arg("params"), py::arg("transport"))
+           py::arg("kind"), py::arg("params"), py::arg("transport"), py::arg("rest") = nullptr)
       .def("add_slice",
            [](SliceOptimizer& o, at::Tensor master, std::optional<at::Tensor> low,
-              const std::vector<std::tuple<int64_t, int64_t, int, int64_t>>& segments) {
+              const std::vector<std::tuple<int64_t, int64_t, int, int64_t>>& segments, bool weights_in_file) {
              std::vector<Segment> list;
              for (const auto& [begin, numel, group, param] : segments) list.push_back({begin, numel, group, param});
-             return o.add_slice(std::move(master), low.value_or(at::Tensor()), std::move(list));
-           })
+             return o.add_slice(std::move(master), low.value_or(at::Tensor()), std::move(list), weights_in_file);
+           },
+           py::arg("master"), py::arg("low"), py::arg("segments"), py::arg("weights_in_file") = false)
+      .def("ensure_states", &SliceOptimizer::ensure_states, Release())
+      .def_property_readonly("is_torn", &SliceOptimizer::is_torn)
+      .def("set_whole", &SliceOptimizer::set_whole)
       .def("step", &SliceOptimizer::step, py::arg("groups"), py::arg("grads"), py::arg("grad_scale"),
            py::arg("frozen") = std::vector<int64_t>(), Release())
       .def("missed_steps", &SliceOptimizer::missed_steps)
@@ -338,6 +374,7 @@ void bind_optimizer(py::module_& m) {
 }  // namespace
 
 void bind_zero(py::module_& m) {
+  bind_rest(m);
   bind_store(m);
   bind_reducer(m);
   bind_hooks(m);

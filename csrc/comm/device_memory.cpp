@@ -19,7 +19,8 @@ class DeviceBuffer : public SymmetricBuffer {
 
 }  // namespace
 
-std::shared_ptr<SymmetricBuffer> DeviceMemory::allocate(size_t bytes) {
+std::shared_ptr<SymmetricBuffer> DeviceMemory::allocate(size_t bytes, const std::string& folder) {
+  DS_CHECK_VALUE(folder.empty(), "device memory cannot rest in a file of " << folder);
   return std::make_shared<DeviceBuffer>(
       at::zeros({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_)));
 }

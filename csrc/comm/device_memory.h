@@ -12,7 +12,7 @@ class DeviceMemory : public Memory {
  public:
   explicit DeviceMemory(at::Device device) : device_(device) {}
   Device device() const override { return Device::Cuda; }
-  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes) override;
+  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes, const std::string& folder) override;
   void copy(void* dst, const void* src, size_t bytes) override;
 
  private:

@@ -26,7 +26,7 @@ void LocalTransport::account(const char* kind, const Tag& tag, size_t bytes) {
   ledger_->end(ledger_->begin(kind, tag, static_cast<int64_t>(bytes)));
 }
 
-std::shared_ptr<SymmetricBuffer> LocalTransport::allocate(size_t bytes) { return memory_->allocate(bytes); }
+std::shared_ptr<SymmetricBuffer> LocalTransport::make_buffer(size_t bytes, const std::string& folder) { return memory_->allocate(bytes, folder); }
 
 std::shared_ptr<Work> LocalTransport::all_gather(void* out, SymmetricBuffer& src, size_t src_offset, size_t src_stride,
                                                  size_t bytes, const Tag& tag) {

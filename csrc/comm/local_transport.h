@@ -13,7 +13,7 @@ class LocalTransport : public Transport {
 
   const char* name() const override { return "local"; }
   bool needs_matching_order() const override { return false; }
-  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes) override;
+  std::shared_ptr<SymmetricBuffer> make_buffer(size_t bytes, const std::string& folder) override;
   std::shared_ptr<Work> all_gather(void* out, SymmetricBuffer& src, size_t src_offset, size_t src_stride, size_t bytes,
                                    const Tag& tag) override;
   std::shared_ptr<Work> all_gather_pieces(std::vector<GatherPiece> pieces, SymmetricBuffer& src, size_t src_offset,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "comm/transport.h"
 
@@ -12,14 +13,14 @@ class Memory {
  public:
   virtual ~Memory() = default;
   virtual Device device() const = 0;
-  virtual std::shared_ptr<SymmetricBuffer> allocate(size_t bytes) = 0;             // zero-filled
+  virtual std::shared_ptr<SymmetricBuffer> allocate(size_t bytes, const std::string& folder) = 0;   // zero-filled
   virtual void copy(void* dst, const void* src, size_t bytes) = 0;                 // CUDA: on the current stream
 };
 
 class HostMemory : public Memory {
  public:
   Device device() const override { return Device::Cpu; }
-  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes) override;
+  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes, const std::string& folder) override;
   void copy(void* dst, const void* src, size_t bytes) override;
 };
 

@@ -82,7 +82,7 @@ class NcclTransport : public C10dTransport {
 
   const char* name() const override { return "nccl"; }
 
-  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes) override { return memory_.allocate(bytes); }
+  std::shared_ptr<SymmetricBuffer> make_buffer(size_t bytes, const std::string& folder) override { return memory_.allocate(bytes, folder); }
 
   std::shared_ptr<Work> all_gather(void* out, SymmetricBuffer& src, size_t offset, size_t stride, size_t bytes,
                                    const Tag& tag) override {

@@ -64,6 +64,7 @@ class SymmetricBuffer : public std::enable_shared_from_this<SymmetricBuffer> {
   // while one of them may still be reading is the caller's error; shm notices most such races and throws on the reader.
   virtual void publish() { ++epoch_; }
   int64_t epoch() const { return epoch_; }
+  virtual bool in_file() const { return false; }   // the bytes rest in a file
 
  protected:
   SymmetricBuffer(void* data, size_t bytes, Device device, int device_index)
@@ -151,7 +152,9 @@ class Transport : public std::enable_shared_from_this<Transport> {
 
   // Collective: same order and size on every rank. Zero-filled, untouched pages not resident; CPU: page-aligned (2 MB-aligned
   // and huge-page advised from 2 MB up). Must be released while its transport lives or after; never needs the peers.
-  virtual std::shared_ptr<SymmetricBuffer> allocate(size_t bytes) = 0;
+  // With a `folder` (this rank's; empty on all ranks or on none) the bytes rest in a file without a name there: disk space is set aside now,
+  // memory holds what is used of it, and whoever has touched pages may unmap them (platform::unmap_pages). Not for device memory.
+  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes, const std::string& folder = {}) { return make_buffer(bytes, folder); }
 
   // out[r * bytes ..) = rank r's buffer at src_offset + r * src_stride, for all r, as of the peers' publish() with my count.
   // `out` may alias my own buffer; my own part is then left as it is. src and out must stay valid until the work is waited
@@ -200,6 +203,7 @@ class Transport : public std::enable_shared_from_this<Transport> {
 
  protected:
   Transport(int rank, int size, int64_t id, Device device, const Options& options);
+  virtual std::shared_ptr<SymmetricBuffer> make_buffer(size_t bytes, const std::string& folder) = 0;
   virtual void do_progress() {}
 
   const int rank_;

@@ -32,6 +32,11 @@ void zero_rules(Resolved& resolved, Findings& findings) {
                      "found " + show(zero["offload_optimizer"]["ratio"]) + "; below 1 is allowed at stage 3 only" + at_stage);
   }
   drop_offload_without_effect(resolved, stage, findings);
+  for (const char* name : {"offload_optimizer", "offload_param"}) {
+    if (zero[name]["device"] == "nvme" && zero[name]["nvme_path"].is_null()) {
+      findings.problem(std::string("zero_optimization.") + name + ".nvme_path", "missing; device \"nvme\" needs the folder in which it rests");
+    }
+  }
   if (zero["reduce_bucket_size"] == 0) {
     zero["reduce_bucket_size"] = training_schema().find("zero_optimization")->find("reduce_bucket_size")->fallback;
   }

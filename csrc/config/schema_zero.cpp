@@ -7,7 +7,7 @@ namespace ds::config {
 namespace {
 
 const char* const kHostOnCuda = "use \"none\" (keep it on the GPU); resting in host memory is not built yet";
-const char* const kFiles = "use \"none\"; resting in files is not built yet";
+const char* const kFilesOnCuda = "use \"none\" (keep it on the GPU); resting in files is built for training on the CPU only";
 
 // A key that may be written with or without "stage3_".
 Key both_spellings(Key key) {
@@ -17,7 +17,7 @@ Key both_spellings(Key key) {
 Key device_row() {
   return choice("device", "none", {"none", "cpu", "nvme"}, "Where it rests between uses; cpu is free when training on the CPU")
       .refuse_value("cpu", kHostOnCuda, Device::Cuda)
-      .refuse_value("nvme", kFiles);
+      .refuse_value("nvme", kFilesOnCuda, Device::Cuda);
 }
 
 std::vector<Key> partition_rows() {

@@ -32,10 +32,18 @@ bool lives_in_memory(int fd) {
 }  // namespace
 
 EngineFile::EngineFile(const std::string& path, File::Mode mode, bool direct) : file_(path, mode) {
-  if (!direct || lives_in_memory(file_.fd())) return;
-  const int access = mode == File::Mode::Read ? O_RDONLY : O_RDWR;
+  if (direct) open_direct(path, mode == File::Mode::Read ? O_RDONLY : O_RDWR);
+}
+
+EngineFile::EngineFile(File file, bool direct) : file_(std::move(file)) {
+  // Also where it has no name, or another file has it by now.
+  if (direct) open_direct("/proc/self/fd/" + std::to_string(file_.fd()), O_RDWR);
+}
+
+void EngineFile::open_direct(const std::string& path, int access) {
+  if (lives_in_memory(file_.fd())) return;
   const int fd = ::open(path.c_str(), access | O_CLOEXEC | O_DIRECT);
-  if (fd >= 0) direct_ = File::adopt(fd, path);  // else (some network systems): everything goes through the cache
+  if (fd >= 0) direct_ = File::adopt(fd, file_.path());  // else (some network systems): everything goes through the cache
 }
 
 // ---- requests ------------------------------------------------------------------------------------------------------
@@ -158,6 +166,8 @@ std::unique_ptr<FileEngine> FileEngine::create(const EngineOptions& options) {
 std::shared_ptr<EngineFile> FileEngine::open(const std::string& path, File::Mode mode) const {
   return std::make_shared<EngineFile>(path, mode, options_.direct);
 }
+
+std::shared_ptr<EngineFile> FileEngine::adopt(File file) const { return std::make_shared<EngineFile>(std::move(file), options_.direct); }
 
 std::shared_ptr<Request> FileEngine::read(std::shared_ptr<EngineFile> file, int64_t offset, void* dst, int64_t bytes) {
   return start(std::move(file), false, offset, static_cast<char*>(dst), bytes);

@@ -32,6 +32,7 @@ struct EngineOptions {
 class EngineFile {
  public:
   EngineFile(const std::string& path, platform::File::Mode mode, bool direct);
+  EngineFile(platform::File file, bool direct);   // an open file, for reading and writing
   const platform::File& file() const { return file_; }
   platform::File& file() { return file_; }
   const std::string& path() const { return file_.path(); }
@@ -39,6 +40,8 @@ class EngineFile {
   int direct_fd() const { return direct_.fd(); }
 
  private:
+  void open_direct(const std::string& path, int access);
+
   platform::File file_;
   platform::File direct_;
 };
@@ -72,6 +75,7 @@ class FileEngine {
 
   virtual const char* name() const = 0;
   std::shared_ptr<EngineFile> open(const std::string& path, platform::File::Mode mode) const;
+  std::shared_ptr<EngineFile> adopt(platform::File file) const;
   std::shared_ptr<Request> read(std::shared_ptr<EngineFile> file, int64_t offset, void* dst, int64_t bytes);
   std::shared_ptr<Request> write(std::shared_ptr<EngineFile> file, int64_t offset, const void* src, int64_t bytes);
 

@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "optim/device_ops.h"
 #include "optim/long_lived.h"
+#include "platform/memory.h"
 
 namespace ds::optim {
 namespace {
@@ -37,6 +38,14 @@ std::vector<Segment> merge_runs(const std::vector<Segment>& segments, const std:
   return runs;
 }
 
+// What of a run lies in [begin, begin + numel), counted from there.
+Segment within(const Segment& run, int64_t begin, int64_t numel) {
+  Segment s = run;
+  s.begin = std::max(run.begin, begin) - begin;
+  s.numel = std::min(run.begin + run.numel, begin + numel) - begin - s.begin;
+  return s;
+}
+
 Hyper counted_for(Hyper h, const Segment& s) {
   h.step -= s.missed;
   return h;
@@ -53,6 +62,11 @@ Kind parse_kind(const std::string& name) {
   DS_FAIL_VALUE("no fused step for optimizer '" << name << "'; known: adam, lion, adagrad, sgd, lamb");
 }
 
+SliceOptimizer::SliceOptimizer(Kind kind, int64_t params, NormReducer reduce_norms, std::shared_ptr<SliceRest> rest)
+    : kind_(kind), params_(params), reduce_norms_(std::move(reduce_norms)), rest_(std::move(rest)) {
+  DS_CHECK_VALUE(!(rest_ && kind_ == Kind::Lamb), "LAMB looks at whole parameters: its state cannot rest in a file");
+}
+
 std::vector<std::string> SliceOptimizer::state_names() const {
   switch (kind_) {
     case Kind::Adam:
@@ -64,7 +78,7 @@ std::vector<std::string> SliceOptimizer::state_names() const {
   DS_FAIL("not an optimizer kind");
 }
 
-int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments) {
+int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments, bool weights_in_file) {
   DS_CHECK(master.scalar_type() == at::kFloat && master.dim() == 1, "a master slice must be one-dimensional float32");
   for (const Segment& s : segments) {
     DS_CHECK(s.begin >= 0 && s.begin + s.numel <= master.numel(),
@@ -76,14 +90,21 @@ int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Seg
   slice.low = std::move(low);
   slice.runs = merge_runs(segments, frozen_);
   slice.segments = std::move(segments);
+  slice.weights_in_file = weights_in_file;
   slices_.push_back(std::move(slice));
   return static_cast<int>(slices_.size()) - 1;
 }
 
-void SliceOptimizer::ensure_states(OwnedSlice& slice) {
-  if (!slice.states.empty()) return;
-  for (size_t i = 0; i < state_names().size(); ++i)
-    slice.states.push_back(long_lived_zeros(slice.master.numel(), slice.master.scalar_type(), slice.master.device()));
+void SliceOptimizer::ensure_states() {
+  for (OwnedSlice& slice : slices_) {
+    if (!slice.states.empty()) continue;
+    std::vector<at::Tensor> states;
+    for (size_t i = 0; i < state_names().size(); ++i) {
+      states.push_back(rest_ ? rest_->zeros(slice.master.numel(), at::kFloat)
+                             : long_lived_zeros(slice.master.numel(), at::kFloat, slice.master.device()));
+    }
+    slice.states = std::move(states);
+  }
 }
 
 // Runs are made anew only when another set of parameters is frozen.
@@ -122,19 +143,76 @@ void SliceOptimizer::set_missed_steps(const std::map<int64_t, int64_t>& missed) 
 void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale,
                           const std::vector<int64_t>& frozen) {
   DS_CHECK(grads.size() == slices_.size(), "step: " << grads.size() << " gradients for " << slices_.size() << " slices");
+  DS_CHECK(!torn_, "an earlier update failed in the middle: load a checkpoint before the next one");
   at::NoGradGuard no_grad;
-  for (OwnedSlice& slice : slices_) ensure_states(slice);
+  ensure_states();
   pass_over(frozen);
   if (kind_ == Kind::Lamb) {
     step_lamb(groups, grads, grad_scale);
     return;
   }
+  std::vector<size_t> resting;
   for (size_t i = 0; i < slices_.size(); ++i) {
-    for (const Segment& run : slices_[i].runs) step_run(slices_[i], run, counted_for(groups.at(run.group), run), grads[i], grad_scale);
+    const OwnedSlice& slice = slices_[i];
+    if (rest_ && (rest_->holds(slice.master) || std::any_of(slice.states.begin(), slice.states.end(), [&](const at::Tensor& t) { return rest_->holds(t); }))) {
+      resting.push_back(i);
+      continue;
+    }
+    step_runs(slice, slice.runs, groups, grads[i], grad_scale);
+    leave(slice, grads[i]);
   }
+  if (!resting.empty()) step_resting(resting, groups, grads, grad_scale);
 }
 
-void SliceOptimizer::step_run(OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale) {
+void SliceOptimizer::step_runs(const OwnedSlice& slice, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad,
+                               float grad_scale) {
+  for (const Segment& run : runs) step_run(slice, run, counted_for(groups.at(run.group), run), grad, grad_scale);
+}
+
+// The same update, tile by tile: an element's result does not depend on where a tile ends.
+void SliceOptimizer::step_resting(const std::vector<size_t>& slices, const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads,
+                                  float grad_scale) {
+  std::vector<SliceRest::Job> jobs;
+  for (size_t i : slices) {
+    const OwnedSlice& slice = slices_[i];
+    SliceRest::Job job;
+    if (rest_->holds(slice.master)) job.arrays.push_back(slice.master);
+    job.arrays.insert(job.arrays.end(), slice.states.begin(), slice.states.end());
+    job.write.assign(job.arrays.size(), true);
+    jobs.push_back(std::move(job));
+  }
+  torn_ = true;   // until all is done
+  rest_->stream(jobs, [&](size_t number, int64_t begin, const std::vector<at::Tensor>& tile) {
+    const size_t i = slices[number];
+    const OwnedSlice& slice = slices_[i];
+    const int64_t numel = tile.front().numel();
+    const auto cut = [&](const at::Tensor& t) { return t.defined() ? t.narrow(0, begin, numel) : t; };
+    const bool has_master = tile.size() > slice.states.size();
+    OwnedSlice view;
+    view.master = has_master ? tile.front() : cut(slice.master);
+    view.low = cut(slice.low);
+    view.weights_in_file = slice.weights_in_file;
+    view.states.assign(tile.begin() + (has_master ? 1 : 0), tile.end());
+    std::vector<Segment> runs;
+    for (const Segment& run : slice.runs) {
+      const Segment part = within(run, begin, numel);
+      if (part.numel > 0) runs.push_back(part);
+    }
+    const at::Tensor grad = cut(grads[i]);
+    step_runs(view, runs, groups, grad, grad_scale);
+    leave(view, grad);
+  });
+  torn_ = false;
+}
+
+// What the update touched of files that are mapped leaves memory.
+void SliceOptimizer::leave(const OwnedSlice& slice, const at::Tensor& grad) {
+  const at::Tensor& weights = slice.low.defined() ? slice.low : slice.master;
+  if (slice.weights_in_file) platform::unmap_pages(weights.data_ptr(), weights.nbytes());
+  if (rest_ && rest_->holds(grad)) rest_->leave(grad);
+}
+
+void SliceOptimizer::step_run(const OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale) {
   const at::Tensor p = part(slice.master, run), g = part(grad, run), low = part(slice.low, run);
   const at::Tensor s0 = part(slice.states[0], run);
   switch (kind_) {

@@ -6,8 +6,11 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "optim/slice_rest.h"
 
 namespace ds::optim {
 
@@ -39,6 +42,7 @@ struct OwnedSlice {
   std::vector<Segment> segments;
   std::vector<at::Tensor> states;   // fp32, as long as master; meaning by kind, see state_names()
   std::vector<Segment> runs;        // neighbouring segments of one group, merged, padding between them included
+  bool weights_in_file = false;     // low, or else master, is a mapping of a file: unmapped again after each update
 };
 
 class SliceOptimizer {
@@ -46,12 +50,15 @@ class SliceOptimizer {
   // Sums `norms` (two doubles a parameter) over all owners of slices; needed by kinds that look at whole parameters.
   using NormReducer = std::function<void(double* norms, int64_t count)>;
 
-  SliceOptimizer(Kind kind, int64_t params, NormReducer reduce_norms)
-      : kind_(kind), params_(params), reduce_norms_(std::move(reduce_norms)) {}
+  // rest: where the states are made, and where masters may lie that it holds; null: memory. Not for kinds that look at whole parameters.
+  SliceOptimizer(Kind kind, int64_t params, NormReducer reduce_norms, std::shared_ptr<SliceRest> rest = nullptr);
 
-  int add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments);
+  int add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments, bool weights_in_file = false);
+  // States exist after this, zero before the first update.
+  void ensure_states();
   // One update of every slice from its fp32 gradient times grad_scale. Kinds with two passes overwrite the gradient.
-  // Parameters in `frozen` stay as they are, states and their own count of updates too.
+  // Parameters in `frozen` stay as they are, states and their own count of updates too. When a file fails in the middle some elements have been
+  // updated and others have not: is_torn() from then on, and every later step throws.
   void step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale,
             const std::vector<int64_t>& frozen = {});
   // {param: updates that passed it over}, where there were any.
@@ -60,18 +67,26 @@ class SliceOptimizer {
 
   std::vector<std::string> state_names() const;
   std::vector<OwnedSlice>& slices() { return slices_; }
+  bool is_torn() const { return torn_; }
+  // All states and masters have been set anew.
+  void set_whole() { torn_ = false; }
   Kind kind() const { return kind_; }
   int64_t state_bytes() const;
 
  private:
-  void ensure_states(OwnedSlice& slice);
-  void step_run(OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale);
+  void step_runs(const OwnedSlice& slice, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad,
+                 float grad_scale);
+  void step_run(const OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale);
+  void step_resting(const std::vector<size_t>& slices, const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
+  void leave(const OwnedSlice& slice, const at::Tensor& grad);
   void pass_over(const std::vector<int64_t>& frozen);
   void step_lamb(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
 
   Kind kind_;
   int64_t params_;
   NormReducer reduce_norms_;
+  std::shared_ptr<SliceRest> rest_;
+  bool torn_ = false;
   std::vector<int64_t> frozen_;   // of the last step, sorted
   std::vector<OwnedSlice> slices_;
 };

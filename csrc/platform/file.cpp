@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -51,6 +52,22 @@ File File::memory(const std::string& name, size_t bytes) {
   return file;
 }
 
+File File::unique(const std::string& folder, const std::string& prefix) {
+  std::string path = folder + "/" + prefix + "XXXXXX";
+  const int fd = ::mkostemp(path.data(), O_CLOEXEC);
+  if (fd < 0) DS_FAIL_FILE("creating a file", folder, errno);
+  return File(fd, path);
+}
+
+File File::scratch(const std::string& folder) {
+  const int fd = ::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd >= 0) return File(fd, folder + "/(a file without a name)");
+  if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL) DS_FAIL_FILE("creating a file", folder, errno);
+  File file = unique(folder, ".deepspeed-");
+  if (::unlink(file.path().c_str()) != 0) DS_FAIL_FILE("removing the name", file.path(), errno);
+  return file;
+}
+
 File File::adopt(int fd, const std::string& path) {
   DS_CHECK_VALUE(fd >= 0, "not a file descriptor: " << fd);
   return File(fd, path);
@@ -79,6 +96,18 @@ int64_t File::size() const {
 
 void File::resize(int64_t bytes) {
   if (ftruncate(fd_, bytes) != 0) DS_FAIL_FILE("resizing to " + std::to_string(bytes) + " bytes", path_, errno);
+}
+
+void File::reserve(int64_t offset, int64_t bytes) {
+  int code = 0;
+  do {
+    code = fallocate(fd_, 0, offset, bytes) == 0 ? 0 : errno;
+  } while (code == EINTR);
+  if (code == EOPNOTSUPP || code == ENOSYS) {
+    if (size() < offset + bytes) resize(offset + bytes);
+    return;
+  }
+  if (code != 0) DS_FAIL_FILE("setting " + std::to_string(bytes) + " bytes aside", path_, code);
 }
 
 void File::read(void* dst, size_t bytes, int64_t offset) const {

@@ -33,6 +33,10 @@ class File {
   File(const std::string& path, Mode mode);
   // A nameless file in memory; `name` appears in /proc only.
   static File memory(const std::string& name, size_t bytes);
+  // A new file in `folder` whose name begins with `prefix` and nobody else has.
+  static File unique(const std::string& folder, const std::string& prefix);
+  // A file without a name on the file system of `folder`: it is gone when its last descriptor is, however the process ends.
+  static File scratch(const std::string& folder);
   // Takes over a descriptor opened elsewhere.
   static File adopt(int fd, const std::string& path);
 
@@ -48,6 +52,9 @@ class File {
 
   int64_t size() const;
   void resize(int64_t bytes);
+  // Makes the file at least offset + bytes long and sets the disk space of that range aside, so that writing there, also through a mapping,
+  // does not meet a full disk later. On systems that cannot do that only the length changes.
+  void reserve(int64_t offset, int64_t bytes);
   void read(void* dst, size_t bytes, int64_t offset) const;         // exactly `bytes`, or throws
   void write(const void* src, size_t bytes, int64_t offset) const;  // exactly `bytes`, or throws
   void sync() const;                                                // contents are on the medium afterwards

@@ -82,7 +82,8 @@ void GradReducer::ensure_accumulators() {
       s.full = at::from_blob(static_cast<char*>(s.home->data()) + s.home_offset, {flat.layout.numel()}, options);
       s.slice = s.full.narrow(0, store_.rank() * flat.layout.shard_numel, flat.layout.shard_numel);
     } else {
-      s.slice = optim::long_lived_zeros(flat.layout.shard_numel, at::kFloat, store_.device());
+      s.slice = options_.rest ? options_.rest->zeros(flat.layout.shard_numel, at::kFloat)
+                              : optim::long_lived_zeros(flat.layout.shard_numel, at::kFloat, store_.device());
       s.full = s.slice;
     }
     s.stats = at::zeros({2}, options.dtype(at::kDouble));
@@ -269,6 +270,12 @@ void GradReducer::sink(int f, const void* const* srcs, int nsrc) {
   optim::reduce_sum(s.slice, srcs, nsrc, optim::to_dtype(s.comm_dtype), static_cast<float>(round_scale_), s.has_grad, s.stats);
   s.has_grad = true;
   if (s.stats.is_cpu() && s.stats.data_ptr<double>()[1] > 0) note_bad(f, srcs, nsrc);
+  leave(s);
+}
+
+// An accumulator in a file takes memory only while it is worked on.
+void GradReducer::leave(FlatState& s) {
+  if (options_.rest) options_.rest->leave(s.slice);
 }
 
 // Rare: looks again at the contributions to say which parameter and whose.
@@ -346,6 +353,7 @@ void GradReducer::ensure_grads() {
     s.slice.zero_();
     s.stats.zero_();
     s.has_grad = true;
+    leave(s);
   }
 }
 
@@ -365,6 +373,7 @@ void GradReducer::add_replicas() {
     std::vector<const void*> srcs;
     for (int r = 0; r < replicas->size(); ++r) srcs.push_back(all[r].data_ptr());
     optim::reduce_sum(s.slice, srcs.data(), replicas->size(), DType::F32, 1.0f, false, s.stats);
+    leave(s);
   }
 }
 
@@ -373,7 +382,9 @@ std::vector<double> GradReducer::reduce_stats() {
   ensure_grads();
   for (int f : order_) {
     FlatState& s = flats_[f];
-    if (std::exchange(s.edited, false)) optim::sum_squares(s.slice, s.stats);
+    if (!std::exchange(s.edited, false)) continue;
+    optim::sum_squares(s.slice, s.stats);
+    leave(s);
   }
   at::Tensor total = at::zeros({3}, at::TensorOptions().dtype(at::kDouble).device(store_.device()));
   for (int f : order_) total.narrow(0, 0, 2).add_(flats_[f].stats);

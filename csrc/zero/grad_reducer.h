@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "optim/slice_rest.h"
 #include "zero/bucket_arena.h"
 #include "zero/param_store.h"
 
@@ -28,6 +29,7 @@ struct ReducerOptions {
   std::optional<at::ScalarType> comm_dtype;   // default: the flat's own
   double pre_scale = 1.0;                     // applied when a gradient is copied into its bucket
   bool replicate_grads = false;               // stage 0: everybody needs all reduced gradients in the end
+  std::shared_ptr<optim::SliceRest> rest;     // where the accumulators lie; null: memory
 };
 
 // The first bad value of a round, for the message about an overflow.
@@ -127,6 +129,7 @@ class GradReducer {
   void sink(int flat, const void* const* srcs, int nsrc);
   void note_bad(int flat, const void* const* srcs, int nsrc);
   void finish_round();
+  void leave(FlatState& s);
 
   ParamStore& store_;
   ReducerOptions options_;

@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "optim/long_lived.h"
 #include "plan/reserve.h"
+#include "platform/memory.h"
 
 namespace ds::zero {
 namespace {
@@ -58,15 +59,16 @@ ParamStore::ParamStore(Groups groups, at::Device device, StoreOptions options)
   DS_CHECK(groups_.world && groups_.shard && groups_.reduce, "ParamStore needs a world, a shard and a reduce transport");
 }
 
-std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_home(int64_t bytes) {
+std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_home(int64_t bytes, const std::string& folder) {
   const int64_t size = round_up(bytes, plan::kReservePageBytes);
-  if (!chunk_ || chunk_used_bytes_ + size > static_cast<int64_t>(chunk_->bytes())) {
-    chunk_ = groups_.shard->allocate(static_cast<size_t>(std::max(size, plan::kHomeChunkBytes)));
-    chunk_used_bytes_ = 0;
+  Chunk& chunk = folder.empty() ? memory_chunk_ : file_chunk_;
+  if (!chunk.buffer || chunk.used_bytes + size > static_cast<int64_t>(chunk.buffer->bytes())) {
+    chunk.buffer = groups_.shard->allocate(static_cast<size_t>(std::max(size, plan::kHomeChunkBytes)), folder);
+    chunk.used_bytes = 0;
   }
-  const int64_t offset = chunk_used_bytes_;
-  chunk_used_bytes_ += size;
-  return {chunk_, offset};
+  const int64_t offset = chunk.used_bytes;
+  chunk.used_bytes += size;
+  return {chunk.buffer, offset};
 }
 
 int ParamStore::add_unit(UnitRequest request) {
@@ -104,7 +106,9 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
   const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
   const int64_t full_bytes = flat.layout.numel() * es;
   const int64_t shard_bytes = flat.layout.shard_numel * es;
-  std::tie(flat.home, flat.home_offset_bytes) = allocate_home(options_.shard_params ? shard_bytes : full_bytes);
+  in_memory_numel_ += options_.shard_params ? flat.layout.shard_numel : flat.layout.numel();
+  const bool to_file = !options_.folder.empty() && in_memory_numel_ > options_.most_in_memory;
+  std::tie(flat.home, flat.home_offset_bytes) = allocate_home(options_.shard_params ? shard_bytes : full_bytes, to_file ? options_.folder : "");
   char* home = static_cast<char*>(flat.home->data()) + flat.home_offset_bytes;
   if (options_.shard_params) {
     flat.shard = view_bytes(flat.home, home, flat.layout.shard_numel, flat.dtype, device_);
@@ -135,9 +139,46 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
   adopt_params(flat);
   if (options_.shard_params && !vacant) flat.shard.copy_(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel));
   flat.home->publish();
+  leave_file(flat);
   units_[unit].flats.push_back(index);
   flats_.push_back(std::move(flat));
   return index;
+}
+
+at::Tensor ParamStore::master_of(const at::Tensor& values) {
+  if (!options_.rest) return optim::long_lived_copy(values.to(at::kFloat));
+  const at::Tensor master = options_.rest->zeros(values.numel(), at::kFloat);
+  master.copy_(values);
+  options_.rest->leave(master);
+  return master;
+}
+
+void ParamStore::make_master(int index) {
+  at::NoGradGuard no_grad;
+  Flat& flat = flats_.at(index);
+  flat.master = master_of(options_.full_master ? flat.full : flat.shard);
+  leave_file(flat);
+}
+
+void ParamStore::leave_file(Flat& flat) {
+  if (!flat.home || !flat.home->in_file()) return;
+  const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
+  const int64_t numel = options_.shard_params ? flat.layout.shard_numel : flat.layout.numel();
+  platform::unmap_pages(static_cast<char*>(flat.home->data()) + flat.home_offset_bytes, static_cast<size_t>(numel * es));
+}
+
+void ParamStore::leave_files() {
+  for (Flat& flat : flats_) leave_file(flat);
+}
+
+void ParamStore::expect(int index) {
+  if (options_.folder.empty()) return;
+  Unit& unit = units_.at(index);
+  if (!options_.shard_params || unit.state != UnitState::Sharded) return;
+  for (int f : unit.flats) {
+    const Flat& flat = flats_[f];
+    if (flat.home->in_file()) platform::prefetch_pages(flat.shard.data_ptr(), flat.shard.nbytes());
+  }
 }
 
 // Zeroes what of the padding lies in my shard.
@@ -174,7 +215,7 @@ void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::ve
   if (wants_master) {
     flat.full.copy_(staging);
     const int64_t shard = flat.layout.shard_numel;
-    flat.master = optim::long_lived_copy(options_.full_master ? staging : staging.narrow(0, rank() * shard, shard));
+    flat.master = master_of(options_.full_master ? staging : staging.narrow(0, rank() * shard, shard));
     staging = at::Tensor();
     pool_.put(std::move(staging_memory));
   }
@@ -267,6 +308,7 @@ void ParamStore::finish_gather(Unit& unit) {
   for (int f : unit.flats) {
     if (flats_[f].gathering) flats_[f].gathering->wait();
     flats_[f].gathering.reset();
+    leave_file(flats_[f]);
   }
   unit.state = UnitState::Gathered;
   bind(unit, true);
@@ -462,7 +504,7 @@ void ParamStore::drop_param(int index) {
   unit.flats.clear();
   // The chunk the next unit would be cut from must not keep a dropped store's memory alive.
   if (std::all_of(units_.begin(), units_.end(), [](const Unit& u) { return u.alive_params == 0; })) {
-    chunk_.reset();
+    memory_chunk_ = file_chunk_ = {};
     pool_.trim();
   }
 }
@@ -471,7 +513,9 @@ StoreBytes ParamStore::bytes() const {
   StoreBytes held;
   for (const Flat& flat : flats_) {
     const at::Tensor& resting = options_.shard_params ? flat.shard : flat.full;
-    if (resting.defined()) held.parameters += resting.numel() * static_cast<int64_t>(resting.element_size());
+    const int64_t bytes = resting.defined() ? resting.numel() * static_cast<int64_t>(resting.element_size()) : 0;
+    held.parameters += bytes;
+    if (flat.home && flat.home->in_file()) held.parameters_in_files += bytes;
     if (flat.master.defined()) held.master_weights += flat.master.numel() * static_cast<int64_t>(flat.master.element_size());
     if (flat.buffer.defined()) held.gathered_units += flat.buffer.numel();
   }

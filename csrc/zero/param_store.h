@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "comm/transport.h"
+#include "optim/slice_rest.h"
 #include "plan/layout.h"
 #include "zero/buffer_pool.h"
 
@@ -77,12 +78,16 @@ struct StoreOptions {
   bool shard_params = false;
   bool full_master = false;      // masters cover the whole flat: every rank steps everything (stage 0)
   int64_t align_numel = 64;
+  std::shared_ptr<optim::SliceRest> rest;   // where masters lie; null: memory
+  std::string folder;            // where parameters rest in files; empty: memory
+  int64_t most_in_memory = 0;    // with a folder: elements of this rank's parameters that rest in memory all the same
 };
 
 // Bytes this rank holds now: parameters at rest (shards, or all of them when replicated), masters, and the buffers of gathered
 // units, free ones included.
 struct StoreBytes {
   int64_t parameters = 0;
+  int64_t parameters_in_files = 0;   // of these
   int64_t master_weights = 0;
   int64_t gathered_units = 0;
 };
@@ -130,6 +135,13 @@ class ParamStore {
   // Between reduction and update: what take_replaced finds in gathered units counts, and so do values written in place (as
   // load_state_dict does) since the last update. Local. Writing through `.data` leaves no trace and is not seen.
   void adopt_written();
+  // The fp32 master of a flat, from its own values.
+  void make_master(int flat);
+  // The pages of parameters in files leave this process's memory.
+  void leave_files();
+  // Parameters in files: starts to read what gather(unit) will need.
+  void expect(int unit);
+  bool in_file(int flat) const { return flats_.at(flat).home && flats_.at(flat).home->in_file(); }
   // After my shards changed: makes them visible to the peers, then refreshes every unit that stays gathered.
   void publish_all();
   void refresh_full();
@@ -155,7 +167,7 @@ class ParamStore {
   StoreBytes bytes() const;
   BufferPool& pool() { return pool_; }
   // Bump allocation out of shared chunks, so that few collective allocations are needed.
-  std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> allocate_home(int64_t bytes);
+  std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> allocate_home(int64_t bytes, const std::string& folder = {});
 
  private:
   int add_flat(int unit, const UnitRequest& request, const std::vector<int>& members);
@@ -165,6 +177,8 @@ class ParamStore {
   void adopt_param(Flat& flat, Param& p);
   void bind(Unit& unit, bool available);
   void copy_back(Unit& unit);
+  at::Tensor master_of(const at::Tensor& values);
+  void leave_file(Flat& flat);
   void adopt_values(Flat& flat, Param& p);
   void part_from_holders(Unit& unit);
   void finish_gather(Unit& unit);
@@ -176,8 +190,12 @@ class ParamStore {
   std::vector<Unit> units_;
   std::vector<Flat> flats_;
   std::vector<Param> params_;
-  std::shared_ptr<comm::SymmetricBuffer> chunk_;
-  int64_t chunk_used_bytes_ = 0;
+  struct Chunk {
+    std::shared_ptr<comm::SymmetricBuffer> buffer;
+    int64_t used_bytes = 0;
+  };
+  Chunk memory_chunk_, file_chunk_;
+  int64_t in_memory_numel_ = 0;
   BindCallback on_bind_;
   int64_t step_ = 0;
 };

@@ -68,10 +68,11 @@ void UnitScheduler::enter(int unit) {
   const bool ordered = matching_ && forward_depth_ > 0 && !in_backward_ && unit >= forward_next_;
   if (ordered) start_up_to(unit);
   use(unit, kForward);
-  if (!matching_ || in_backward_) return;
   // Start the next one while this one computes.
   int next = unit + 1;
   while (next < static_cast<int>(store_.units().size()) && !sharded(next)) ++next;
+  if (next < static_cast<int>(store_.units().size())) store_.expect(next);
+  if (!matching_ || in_backward_) return;
   if (next < static_cast<int>(store_.units().size()) && next == std::max(forward_next_, next) && forward_depth_ > 0) {
     store_.gather(next, kForward, /*prefetch=*/true);
     forward_next_ = next + 1;
@@ -100,9 +101,10 @@ void UnitScheduler::enter_backward(int unit) {
   if (matching_ && in_backward_ && unit <= backward_next_ && !held(unit)) start_down_to(unit);
   store_.gather(unit, kBackward);
   store_.units()[unit].held_for_backward = true;
-  if (!matching_ || !in_backward_ || held(unit)) return;
   int next = unit - 1;
   while (next >= 0 && (!sharded(next) || held(next))) --next;
+  if (next >= 0) store_.expect(next);
+  if (!matching_ || !in_backward_ || held(unit)) return;
   if (next >= 0 && next <= backward_next_) {
     store_.gather(next, kBackward, /*prefetch=*/true);
     backward_next_ = next - 1;

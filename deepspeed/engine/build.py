@@ -9,6 +9,7 @@ from deepspeed.telemetry import logger
 from deepspeed.zero.managed import ManagedModel, home_of
 from deepspeed.zero.optimizer import ShardedOptimizer
 from deepspeed.zero.step_options import StepOptions
+from deepspeed.zero.tiers import tiers_of
 from deepspeed.zero.transports import open_transports
 from deepspeed.zero.units import plan_model
 
@@ -44,7 +45,7 @@ def manage(model, config, layout, device, group, trained):
     _mark_configured_leaves(model, zero.leaf_module)
     plan = plan_model(model, zero.reduce_bucket_size, zero.prefetch_bucket_size, tuple(zero.leaf_module.classes))
     transports = open_transports(device, group, layout.shard_size or None)
-    managed = ManagedModel(transports, device, layout.shard_params, full_master=not layout.partial_step)
+    managed = ManagedModel(transports, device, layout.shard_params, full_master=not layout.partial_step, tiers=tiers_of(config, bool(trained)))
     dtype_of = _target_dtype(layout)
     units = [managed.add_unit(unit, dtype_of, lambda p: id(p) in trained, keep_master=bool(trained), persistent_numel=layout.persistent_numel)
              for unit in plan.units]
@@ -69,7 +70,7 @@ def cast_only(model, layout, device):
 
 def connect(managed, layout, config, basic, step_number, parameter_offload):
     """Collective. Gradients to slices, and the optimizer that steps them."""
-    reducer = lib().GradReducer(managed.store, layout.comm_dtype, layout.pre_scale, not layout.partial_step)
+    reducer = lib().GradReducer(managed.store, layout.comm_dtype, layout.pre_scale, not layout.partial_step, managed.tiers.rest)
     managed.watch_backward(reducer)
     group_of = {id(p): number for number, group in enumerate(basic.param_groups) for p in group["params"]}
     in_bf16 = "skip" if config.bf16.check_grad_overflow else "step"

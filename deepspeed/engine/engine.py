@@ -90,7 +90,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = self._backwards = 0
         self.losses = None
         self.optimizer = self.basic_optimizer = self.lr_scheduler = None
-        self.checkpoint_engine = self._frozen_file = self._background_saver = self._loading_folder = self._half_loaded_guard = None
+        self.checkpoint_engine = self._frozen_file = self._background_saver = self._unfinished = self._half_loaded_guard = None
         self.enable_backward_allreduce = True
         self._boundary = None
         self._step_applied = False
@@ -192,16 +192,16 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
 
     @property
     def _half_loaded(self):
-        """The folder whose loading has begun and not ended; None otherwise."""
-        return self._loading_folder
+        """What has begun to change values everywhere and not ended ("loading FOLDER", "the update of step 3"); None otherwise."""
+        return self._unfinished
 
     @_half_loaded.setter
-    def _half_loaded(self, folder):
-        self._loading_folder = folder
+    def _half_loaded(self, what):
+        self._unfinished = what
         if self._half_loaded_guard is not None:
             self._half_loaded_guard.remove()
         # The model called by itself refuses as well; the hook is there only then.
-        self._half_loaded_guard = self.module.register_forward_pre_hook(_HalfLoadedGuard(self), prepend=True) if folder is not None else None
+        self._half_loaded_guard = self.module.register_forward_pre_hook(_HalfLoadedGuard(self), prepend=True) if what is not None else None
 
     def _check_loss(self, loss):
         if not isinstance(self.optimizer, build.ShardedOptimizer):
@@ -311,7 +311,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self._step_applied = False
         if boundary:
             self._managed.store.set_step(self.global_steps)
-            self.optimizer.step()
+            self._update()
             self._after_update(lr_kwargs)
         self._scaled = False
         self._set_default_scale()
@@ -323,6 +323,14 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
             self._report(boundary)
         if boundary:
             self._collect_save()
+
+    def _update(self):
+        try:
+            self.optimizer.step()
+        except Exception:
+            if self.optimizer.stepper.is_torn:
+                self._half_loaded = f"the update of step {self.global_steps}"
+            raise
 
     def _after_update(self, lr_kwargs):
         self._global_grad_norm = self.optimizer.get_global_norm()

@@ -14,6 +14,7 @@ from deepspeed.comm import flight
 from deepspeed.engine import checkpoint_state
 from deepspeed.telemetry import logger
 from deepspeed.zero.consolidate import full_state_dict
+from deepspeed.zero.tiers import IN_MEMORY
 
 _HALF_LOADED = ("The engine holds values from before and after: it does not train, evaluate or save until a load_checkpoint() of another "
                 "checkpoint succeeds, or it is built anew.")
@@ -57,6 +58,8 @@ class CheckpointMethods:
             self._background_saver.start(request, ranks, self._frozen_file)
         else:
             save(request, ranks, self._frozen_file)
+            if self._managed is not None:
+                self._managed.leave_files()
         return True
 
     def _writers(self):
@@ -68,6 +71,10 @@ class CheckpointMethods:
     def _prepare_saving(self):
         """At the end of construction: memory for the copies of background saves."""
         if self._config.is_set("checkpoint.writer") and self._config.checkpoint.writer.decoupled:
+            if self._managed is not None and self._managed.tiers != IN_MEMORY:
+                logger.warning("checkpoint.writer.decoupled has no effect: state rests in files, and the copy in memory that a save in the "
+                               "background writes from would undo that. save_checkpoint() returns when all is written")
+                return
             from deepspeed.checkpoint.background import BackgroundSaver
             self._background_saver = BackgroundSaver()
             holdings = checkpoint_state.holdings_of(self)
@@ -121,6 +128,8 @@ class CheckpointMethods:
                 raise type(error)(f"{error}\n{_HALF_LOADED}") from error
             raise
         self._half_loaded = None
+        if self._managed is not None:
+            self._managed.leave_files()
         return source.path, checkpoint_state.client_state_of(source)
 
     def _load_candidates(self, load_dir, tag):
@@ -140,7 +149,7 @@ class CheckpointMethods:
             return loading
 
         loading = ranks.attempt(plan, what)
-        self._half_loaded = folder   # until all is done
+        self._half_loaded = what   # until all is done
         ranks.together(loading.apply, what)
         loading.take_over()
         ranks.attempt(loading.settle, what)
@@ -152,7 +161,7 @@ class CheckpointMethods:
 
     def _refuse_half_loaded(self):
         if self._half_loaded is not None:
-            raise RuntimeError(f"loading {self._half_loaded} has failed midway. {_HALF_LOADED}")
+            raise RuntimeError(f"{self._half_loaded} has failed midway. {_HALF_LOADED}")
 
     def _load_by(self, custom_load_fn, loading):
         """The caller's function puts the weights in; where it leaves what was loaded, the masters keep their further digits."""

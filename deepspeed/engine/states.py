@@ -106,12 +106,13 @@ class StateMethods:
         valued, empty, seen = [], [], set()
 
         def add(table, kind, tensor):
-            if kind in kinds and tensor is not None and tensor.numel() and tensor.data_ptr() not in seen:
+            if kind in kinds and tensor is not None and tensor.numel() and tensor.data_ptr() not in seen and not self._managed.rests_in_file(tensor):
                 seen.add(tensor.data_ptr())
                 table.append((kind, tensor.detach()))
 
         for flat in range(store.flats):
-            add(valued, "lp_params", store.shard(flat) if store.shards_params else store.full(flat))
+            if not store.in_file(flat):
+                add(valued, "lp_params", store.shard(flat) if store.shards_params else store.full(flat))
             if store.shards_params:
                 add(valued, "lp_params", store.full(flat))   # of units that stay gathered
         if isinstance(optimizer, ShardedOptimizer):

@@ -16,6 +16,7 @@ from deepspeed._native import lib
 from deepspeed.zero.guard import guard_class
 from deepspeed.zero.module_hooks import ModuleHooks
 from deepspeed.zero.status import ZeroParamStatus, ZeroParamType
+from deepspeed.zero.tiers import IN_MEMORY
 
 _next_id = itertools.count()
 
@@ -91,14 +92,16 @@ def home_of(parameter):
 class ManagedModel:
     """The parameters of one model in one store."""
 
-    def __init__(self, transports, device, shard_params, full_master=False):
+    def __init__(self, transports, device, shard_params, full_master=False, tiers=IN_MEMORY):
         self.transports = transports
         self.device = device
-        # One rank owns everything anyway: nothing to free, nothing to gather.
-        self.shards_params = shard_params and transports.shard.size > 1
+        self.tiers = tiers
+        # One rank that has everything in memory owns it anyway: nothing to free, nothing to gather.
+        self.shards_params = shard_params and (transports.shard.size > 1 or bool(tiers.parameter_folder))
         self.sharded_api = shard_params
         self.store = lib().ParamStore(transports.world, transports.shard, transports.reduce, transports.replicate, str(device),
-                                      self.shards_params, full_master)
+                                      self.shards_params, full_master, rest=tiers.rest, folder=tiers.parameter_folder,
+                                      most_in_memory=tiers.parameters_in_memory)
         self.store.set_guard_classes(guard_class, ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE)
         self.scheduler = lib().UnitScheduler(self.store)
         self.reducer = None
@@ -190,6 +193,17 @@ class ManagedModel:
     def gather_slices(self, parameter, mine):
         """Collective. The full flat tensor of which `mine` is this rank's slice (same dtype on all ranks)."""
         return self.store.gather_slices(parameter.ds_home.index, mine.detach())
+
+    def leave_files(self):
+        """What was read or written of state that rests in files takes no memory of this process any more."""
+        if self.tiers.parameter_folder:
+            self.store.leave_files()
+        if self.tiers.rest is not None:
+            self.tiers.rest.leave_all()
+
+    def rests_in_file(self, tensor):
+        rest = self.tiers.rest
+        return rest is not None and tensor.device.type == "cpu" and rest.holds(tensor)
 
     # ---- states that are away
 

@@ -41,6 +41,7 @@ class OptimizerSlice:
     flat: int
     master: torch.Tensor      # fp32, 1-D
     low: object               # the parameter memory to refresh, None when it is the master
+    in_file: bool = False     # that memory, or the master when there is none, is a mapping of a file
     segments: list = field(default_factory=list)
 
 
@@ -72,12 +73,16 @@ class ShardedOptimizer(ZeROOptimizer):
                 self._where[segment.param] = (number, segment)
         self._swap_params()
         known = recognise(optimizer)
+        rest = managed.tiers.rest
+        if rest is not None and (known is None or known[0] == "lamb"):
+            raise ValueError(f"zero_optimization.offload_optimizer.device: the state of {type(optimizer).__name__} cannot rest in a file, since its "
+                             "update does not go element by element in this library: use Adam, AdamW, Lion, Adagrad or SGD, or set device to \"cpu\"")
         if type(optimizer).__name__ == "MuonWithAuxAdam":
             self.stepper = MuonStep(optimizer, self.slices, managed, group_of, options.partial_slices)
         elif known is not None:
             kind, decoupled = known
             transport = managed.transports.shard if options.partial_slices else None
-            self.stepper = FusedStep(optimizer, self.slices, kind, decoupled, managed.store.params, transport)
+            self.stepper = FusedStep(optimizer, self.slices, kind, decoupled, managed.store.params, transport, rest)
         else:
             self.stepper = ClientStep(optimizer, self.slices)
         managed.optimizer = self
@@ -97,9 +102,9 @@ class ShardedOptimizer(ZeROOptimizer):
             if info["dtype"] == torch.float32:
                 master, low = low, None
             elif master is None:
-                master = low.float()
-                store.set_master(flat, master)
-            s = OptimizerSlice(flat, master, low)
+                store.make_master(flat)
+                master = store.master(flat)
+            s = OptimizerSlice(flat, master, low, store.in_file(flat))
             for index, offset, numel in info["slots"]:
                 parameter = self.managed.params[index]
                 begin = offset
@@ -201,6 +206,7 @@ class ShardedOptimizer(ZeROOptimizer):
         if self.options.partial_slices:
             managed.store.publish_all()
             managed.store.refresh_full()
+        managed.leave_files()
 
     def _skip(self):
         where = self._first_bad()

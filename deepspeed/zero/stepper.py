@@ -69,11 +69,11 @@ _ALIASES = {"sum": "exp_avg_sq"}  # torch's Adagrad
 class FusedStep:
     """Our step: state lies in C++, the optimizer object keeps the hyperparameters and shows the state."""
 
-    def __init__(self, optimizer, slices, kind, decoupled_of, params, transport):
+    def __init__(self, optimizer, slices, kind, decoupled_of, params, transport, rest=None):
         self.optimizer, self.slices, self.kind, self._decoupled_of = optimizer, slices, kind, decoupled_of
-        self.native = lib().SliceOptimizer(kind, params, transport)
+        self.native = lib().SliceOptimizer(kind, params, transport, rest)
         for s in slices:
-            self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments])
+            self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments], s.in_file)
         self.overwrites_gradients = kind == "lamb"
         self.steps = 0
         self._step_tensor = torch.zeros(())
@@ -151,15 +151,19 @@ class FusedStep:
         """`steps` updates lie behind, of which parameters have missed as many as `missed` says."""
         self.steps = steps
         self.missed_steps = missed
+        self.native.set_whole()
         self._step_tensor.fill_(steps)
         if self.slices and self.native.states(0):
             self.show_state()
 
     def ensure_state(self):
-        if self.slices and not self.native.states(0):
-            for index, s in enumerate(self.slices):
-                self.native.set_states(index, [torch.zeros_like(s.master) for _ in self.state_names])
+        self.native.ensure_states()
         self.show_state()
+
+    @property
+    def is_torn(self):
+        """An update has failed in the middle: some elements have been updated and others have not."""
+        return self.native.is_torn
 
 
 class ClientStep:
@@ -172,6 +176,7 @@ class ClientStep:
         self.steps = 0
 
     missed_steps = {}   # the optimizer itself counts each parameter's updates
+    is_torn = False
 
     def step(self, grads, grad_scale, frozen=()):
         self.steps += 1

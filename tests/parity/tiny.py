@@ -61,12 +61,12 @@ def engine_of(model, cfg, **arguments):
     return deepspeed.initialize(model=model, config=cfg, **arguments)[0]
 
 
-def train(engine, steps=3, first=0):
+def train(engine, steps=3, first=0, width=9):
     """Losses of this rank."""
     losses = []
     dtype = engine.get_data_types()[0]
     for step in range(first, first + steps):
-        loss = engine(batch(step).to(dtype))
+        loss = engine(batch(step, width=width).to(dtype))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())

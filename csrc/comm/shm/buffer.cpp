@@ -12,24 +12,24 @@ namespace {
 constexpr size_t kKeepMapped = size_t{8} << 20;  // of a peer's part of one buffer
 constexpr size_t kChunk = size_t{4} << 20;
 
-std::unique_ptr<Mapping> map_site(const Core& core, int r, const BufferSite& site) {
-  return std::make_unique<Mapping>(core.member(r).file, site.heap_offset, extent(site.bytes), /*writable=*/r == core.rank);
+std::unique_ptr<Mapping> map_site(const Core& core, int r, const BufferSite& site, const std::shared_ptr<File>& file) {
+  return std::make_unique<Mapping>(file, site.heap_offset, extent(site.bytes), /*writable=*/r == core.rank);
 }
 
 }  // namespace
 
-BufferSite ShmBuffer::reserve(Core& core, size_t bytes) {
+BufferSite ShmBuffer::reserve(Core& core, size_t bytes, bool in_heap) {
   BufferSite site{};
   site.bytes = bytes;
-  site.heap_offset = core.heap().allocate(bytes);
+  site.heap_offset = in_heap ? core.heap().allocate(bytes) : 0;
   site.place = static_cast<uint64_t>(core.take_place(&site.generation));
   return site;
 }
 
-ShmBuffer::ShmBuffer(std::shared_ptr<Core> core, uint64_t id, const std::vector<BufferSite>& sites)
+ShmBuffer::ShmBuffer(std::shared_ptr<Core> core, uint64_t id, const std::vector<BufferSite>& sites, std::vector<std::shared_ptr<File>> files)
     : SymmetricBuffer(nullptr, sites[core->rank].bytes, Device::Cpu, 0), core_(std::move(core)), id_(id), sites_(sites),
-      touched_(sites.size()) {
-  for (int r = 0; r < core_->size; ++r) parts_.push_back(map_site(*core_, r, sites_[r]));
+      in_file_(!files.empty()), touched_(sites.size()) {
+  for (int r = 0; r < core_->size; ++r) parts_.push_back(map_site(*core_, r, sites_[r], in_file_ ? files[r] : core_->member(r).file));
   data_ = parts_[core_->rank]->data();
 }
 
@@ -49,7 +49,7 @@ ShmBuffer::~ShmBuffer() {
   core_->notify();
   // Who has not released it may still read my part: the last one gives everybody's memory back. Two who both think they are
   // the last do no harm, since a heap never hands a range out again.
-  if (released_by_all())
+  if (!in_file_ && released_by_all())
     for (int r = 0; r < core_->size; ++r) core_->member(r).file->discard(sites_[r].heap_offset, extent(sites_[r].bytes));
   core_->free_place(static_cast<int>(mine.place));
 }
@@ -62,7 +62,7 @@ bool ShmBuffer::released_by_all() const {
 
 void ShmBuffer::publish() {
   const BufferSite& mine = sites_[core_->rank];
-  if (++epoch_ == 1) parts_[core_->rank]->collapse();  // filled by now, and gathered from again and again
+  if (++epoch_ == 1 && !in_file_) parts_[core_->rank]->collapse();  // filled by now, and gathered from again and again
   core_->own().places[mine.place].word.store(place_word(mine.generation, static_cast<uint64_t>(epoch_)), std::memory_order_release);
   core_->notify();
 }

@@ -22,12 +22,14 @@ bool exiting();
 
 class ShmBuffer : public SymmetricBuffer {
  public:
-  // Collective in two steps: reserve my part, exchange the sites, map everybody's.
-  static BufferSite reserve(Core& core, size_t bytes);
-  ShmBuffer(std::shared_ptr<Core> core, uint64_t id, const std::vector<BufferSite>& sites);
+  // Collective in two steps: reserve my part, exchange the sites, map everybody's. `files`: where each rank's part lies when that is
+  // not its heap, the same on no two ranks; else empty.
+  static BufferSite reserve(Core& core, size_t bytes, bool in_heap);
+  ShmBuffer(std::shared_ptr<Core> core, uint64_t id, const std::vector<BufferSite>& sites, std::vector<std::shared_ptr<File>> files);
   ~ShmBuffer() override;
 
   void publish() override;
+  bool in_file() const override { return in_file_; }
   uint64_t id() const { return id_; }
   const Core* core() const { return core_.get(); }
 
@@ -51,6 +53,7 @@ class ShmBuffer : public SymmetricBuffer {
   std::shared_ptr<Core> core_;
   const uint64_t id_;
   std::vector<BufferSite> sites_;
+  const bool in_file_;
   std::vector<std::unique_ptr<Mapping>> parts_;
   std::vector<Touched> touched_;
 };

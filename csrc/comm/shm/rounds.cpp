@@ -1,12 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small collectives through the control blocks, one round (at most 256 KB a rank) after the other.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <optional>
 
 #include "base/error.h"
 #include "comm/checks.h"
 #include "comm/combine.h"
 #include "comm/shm/transport.h"
+#include "platform/file.h"
 
 namespace ds::comm::shm {
 namespace {
@@ -113,16 +120,61 @@ void ShmTransport::barrier(const Tag& tag) {
   ledger_->end(seq);
 }
 
-std::shared_ptr<SymmetricBuffer> ShmTransport::allocate(size_t bytes) {
+std::vector<std::shared_ptr<File>> ShmTransport::exchange_files(size_t bytes, const std::string& folder) {
+  // What each rank says: the path of its part, or why there is none.
+  struct Card {
+    bool failed;
+    char text[2047];
+  };
+  Tag tag;
+  tag.phase = "allocate_files";
+  Card card{};
+  std::vector<std::shared_ptr<File>> files(size_);
+  const auto say = [&](const std::string& text, bool failed) {
+    card.failed = failed;
+    std::snprintf(card.text, sizeof(card.text), "%s", text.c_str());
+    std::vector<Card> all(size_);
+    all_gather_host(&card, sizeof(card), all.data(), tag);
+    for (int r = 0; r < size_; ++r) DS_CHECK(!all[r].failed, "rank " << r << ": " << all[r].text);
+    return all;
+  };
+  std::optional<platform::File> mine;
+  std::string problem;
+  try {
+    mine = platform::File::unique(folder, ".deepspeed-");
+    mine->reserve(0, static_cast<int64_t>(extent(bytes)));
+  } catch (const Error& error) {
+    problem = error.what();
+  }
+  // The name is there for the peers only, and goes whatever happens.
+  struct Name {
+    const std::string path;
+    ~Name() {
+      if (!path.empty()) ::unlink(path.c_str());
+    }
+  } name{mine ? mine->path() : ""};
+  const std::vector<Card> paths = say(problem.empty() ? name.path : problem, !problem.empty());
+  for (int r = 0; r < size_ && problem.empty(); ++r) {
+    const int fd = r == rank_ ? ::fcntl(mine->fd(), F_DUPFD_CLOEXEC, 0) : ::open(paths[r].text, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) problem = std::string("cannot open ") + paths[r].text + " of rank " + std::to_string(r) + ": " + std::strerror(errno);
+    if (fd >= 0) files[r] = std::make_shared<File>(fd);
+  }
+  say(problem, !problem.empty());
+  return files;
+}
+
+std::shared_ptr<SymmetricBuffer> ShmTransport::make_buffer(size_t bytes, const std::string& folder) {
+  std::vector<std::shared_ptr<File>> files;
+  if (!folder.empty()) files = exchange_files(bytes, folder);
   Tag tag;
   tag.phase = "allocate";
   const int64_t seq = ledger_->begin("allocate", tag, static_cast<int64_t>(bytes));
-  const BufferSite mine = ShmBuffer::reserve(*core_, bytes);
+  const BufferSite mine = ShmBuffer::reserve(*core_, bytes, /*in_heap=*/files.empty());
   const uint64_t round = enter_round(kAllocateRound, &mine, sizeof(mine), bytes);
   finish_round(round, kAllocateRound, bytes, seq);
   std::vector<BufferSite> sites(size_);
   for (int r = 0; r < size_; ++r) std::memcpy(&sites[r], round_data(round, r), sizeof(BufferSite));
-  auto buffer = std::make_shared<ShmBuffer>(core_, core_->next_buffer_id(), sites);
+  auto buffer = std::make_shared<ShmBuffer>(core_, core_->next_buffer_id(), sites, std::move(files));
   {
     std::lock_guard<std::recursive_mutex> lock(mutex_);
     for (auto it = buffers_.begin(); it != buffers_.end();) it = it->second.expired() ? buffers_.erase(it) : std::next(it);

@@ -40,7 +40,7 @@ class ShmTransport : public Transport {
 
   const char* name() const override { return "shm"; }
   bool needs_matching_order() const override { return false; }
-  std::shared_ptr<SymmetricBuffer> allocate(size_t bytes) override;
+  std::shared_ptr<SymmetricBuffer> make_buffer(size_t bytes, const std::string& folder) override;
   std::shared_ptr<Work> all_gather(void* out, SymmetricBuffer& src, size_t src_offset, size_t src_stride, size_t bytes,
                                    const Tag& tag) override;
   std::shared_ptr<Work> all_gather_pieces(std::vector<GatherPiece> pieces, SymmetricBuffer& src, size_t src_offset,
@@ -97,6 +97,7 @@ class ShmTransport : public Transport {
   uint64_t enter_round(uint64_t kind, const void* mine, size_t filled, size_t bytes);
   void finish_round(uint64_t round, uint64_t kind, size_t bytes, int64_t seq);
   const char* round_data(uint64_t round, int r) const;
+  std::vector<std::shared_ptr<File>> exchange_files(size_t bytes, const std::string& folder);  // collective: every rank's part, opened
 
   std::shared_ptr<Core> core_;
   std::recursive_mutex mutex_;

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "offload/tier_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#include <cerrno>
+
+#include "base/checked.h"
+#include "base/error.h"
+#include "platform/memory.h"
+
+namespace ds::offload {
+namespace {
+constexpr int64_t kAlign = static_cast<int64_t>(platform::kPageBytes);
+}
+
+std::shared_ptr<TierFile> TierFile::create(const std::string& folder, const io::EngineOptions& options) {
+  return std::shared_ptr<TierFile>(new TierFile(folder, options));
+}
+
+TierFile::TierFile(const std::string& folder, const io::EngineOptions& options)
+    : folder_(folder), engine_(io::FileEngine::create(options)), file_(engine_->adopt(platform::File::scratch(folder))) {}
+
+std::shared_ptr<void> TierFile::allocate(int64_t bytes) {
+  DS_CHECK_VALUE(bytes >= 0, "cannot allocate " << bytes << " bytes in a file");
+  const int64_t size = round_up(std::max<int64_t>(bytes, 1), kAlign);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  file_->file().reserve(end_, size);
+  void* data = ::mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file_->file().fd(), end_);
+  if (data == MAP_FAILED) DS_FAIL_FILE("mapping " + std::to_string(size) + " bytes", file_->path(), errno);
+  ::madvise(data, static_cast<size_t>(size), MADV_DONTDUMP);
+  ranges_[static_cast<char*>(data)] = {end_, size};
+  end_ += size;
+  return {data, [self = shared_from_this()](void* p) { self->free(static_cast<char*>(p)); }};
+}
+
+void TierFile::free(char* data) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = ranges_.find(data);
+  ::munmap(data, static_cast<size_t>(found->second.bytes));
+  // Where it cannot be punched out, the space is given back with the file.
+  if (::fallocate(file_->file().fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, found->second.offset, found->second.bytes) != 0) errno = 0;
+  ranges_.erase(found);
+}
+
+std::optional<int64_t> TierFile::offset_of(const void* data) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  auto* const address = static_cast<char*>(const_cast<void*>(data));
+  auto after = ranges_.upper_bound(address);
+  if (after == ranges_.begin()) return std::nullopt;
+  const auto& [begin, range] = *--after;
+  const int64_t inside = address - begin;
+  if (inside >= range.bytes) return std::nullopt;
+  return range.offset + inside;
+}
+
+void TierFile::leave(void* data, int64_t bytes) const { platform::unmap_pages(data, static_cast<size_t>(bytes)); }
+
+void TierFile::leave_all() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [data, range] : ranges_) platform::unmap_pages(data, static_cast<size_t>(range.bytes));
+}
+
+int64_t TierFile::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  int64_t total = 0;
+  for (const auto& [data, range] : ranges_) total += range.bytes;
+  return total;
+}
+
+}  // namespace ds::offload

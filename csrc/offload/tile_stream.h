@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Passes over arrays that rest in a file, tile by tile, in three stages: tiles ahead are read, one is worked on, those behind are written.
+// Memory: `buffers` tiles, whatever the arrays' size. Bytes moved: each array once in, and once out where it is written.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "io/file_engine.h"
+#include "platform/memory.h"
+
+namespace ds::offload {
+
+struct StreamOptions {
+  int64_t tile_bytes = int64_t{4} << 20;   // of one array
+  int buffers = 4;                         // tiles in memory at a time
+};
+
+// One array: where it begins in the file, aligned to a page, as is its end (what lies behind it up to the next page is its own).
+struct StreamArray {
+  int64_t offset = 0;
+  int64_t element_bytes = 4;
+  bool write = true;
+};
+
+// Arrays of equal length that are worked on together.
+struct StreamJob {
+  std::vector<StreamArray> arrays;
+  int64_t numel = 0;
+};
+
+class TileStream {
+ public:
+  // data[i]: the elements [begin, begin + numel) of the job's array i, which the work may change.
+  using Work = std::function<void(size_t job, int64_t begin, int64_t numel, void* const* data)>;
+
+  explicit TileStream(const StreamOptions& options);
+
+  // Returns when everything is written. Throws the first error, of a file or of the work, after all that was under way has ended: the arrays then
+  // hold some tiles of before and some of after.
+  void run(io::FileEngine& engine, const std::shared_ptr<io::EngineFile>& file, const std::vector<StreamJob>& jobs, const Work& work);
+
+  int64_t buffer_bytes() const;   // held between runs
+
+ private:
+  struct Tile;
+  struct Slot;
+  std::vector<Tile> cut(const std::vector<StreamJob>& jobs) const;
+
+  const StreamOptions options_;
+  std::vector<platform::Buffer> memory_;   // one a slot, made at the first run
+};
+
+}  // namespace ds::offload

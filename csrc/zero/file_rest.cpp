@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "zero/file_rest.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <vector>
+
+#include "base/error.h"
+
+namespace ds::zero {
+
+at::Tensor FileRest::zeros(int64_t numel, at::ScalarType dtype) {
+  std::shared_ptr<void> range = file_->allocate(numel * static_cast<int64_t>(c10::elementSize(dtype)));
+  void* data = range.get();
+  return at::from_blob(data, {numel}, [range](void*) {}, at::TensorOptions().dtype(dtype));
+}
+
+void FileRest::stream(const std::vector<Job>& jobs, const Work& work) {
+  std::vector<offload::StreamJob> list;
+  for (const Job& job : jobs) {
+    offload::StreamJob entry;
+    entry.numel = job.arrays.front().numel();
+    for (size_t i = 0; i < job.arrays.size(); ++i) {
+      const at::Tensor& t = job.arrays[i];
+      const auto offset = file_->offset_of(t.data_ptr());
+      DS_CHECK(offset && t.is_contiguous() && t.numel() == entry.numel, "an array to stream must lie whole in the file");
+      // Pages in use through the mapping would be dropped from the cache one by one, in the midst of the transfer.
+      file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes()));
+      entry.arrays.push_back({*offset, static_cast<int64_t>(t.element_size()), job.write[i]});
+    }
+    list.push_back(std::move(entry));
+  }
+  std::vector<at::Tensor> tile;
+  stream_.run(file_->engine(), file_->file(), list, [&](size_t j, int64_t begin, int64_t numel, void* const* data) {
+    tile.clear();
+    for (size_t i = 0; i < jobs[j].arrays.size(); ++i) {
+      tile.push_back(at::from_blob(data[i], {numel}, at::TensorOptions().dtype(jobs[j].arrays[i].scalar_type())));
+    }
+    work(j, begin, tile);
+  });
+}
+
+}  // namespace ds::zero

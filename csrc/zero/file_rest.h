@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Masters, optimizer states and gradient slices that rest in a file of this rank.
+#pragma once
+
+#include <memory>
+
+#include "offload/tier_file.h"
+#include "offload/tile_stream.h"
+#include "optim/slice_rest.h"
+
+namespace ds::zero {
+
+class FileRest : public optim::SliceRest {
+ public:
+  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options) : file_(std::move(file)), stream_(options) {}
+
+  at::Tensor zeros(int64_t numel, at::ScalarType dtype) override;
+  bool holds(const at::Tensor& t) const override { return t.defined() && file_->offset_of(t.data_ptr()).has_value(); }
+  void leave(const at::Tensor& t) override { file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes())); }
+  void leave_all() override { file_->leave_all(); }
+  void stream(const std::vector<Job>& jobs, const Work& work) override;
+
+  const offload::TierFile& file() const { return *file_; }
+  int64_t buffer_bytes() const { return stream_.buffer_bytes(); }
+
+ private:
+  std::shared_ptr<offload::TierFile> file_;
+  offload::TileStream stream_;
+};
+
+}  // namespace ds::zero
