@@ -186,6 +186,10 @@ void bind_store(py::module_& m) {
         const at::Tensor& master = s.flats().at(f).master;
         return master.defined() ? py::cast(master) : py::none();
       })
+      .def("full_bytes", [](PyStore& s, int f) {
+        const zero::Flat& flat = s.flats().at(f);
+        return flat.layout.numel() * static_cast<int64_t>(c10::elementSize(flat.dtype));
+      })
       .def("make_master", &PyStore::make_master, Release())
       .def("leave_files", &PyStore::leave_files)
       .def("in_file", &PyStore::in_file)
@@ -310,6 +314,7 @@ void bind_rest(py::module_& m) {
       .def_property_readonly("folder", [](const FileRest& r) { return r.file().folder(); })
       .def_property_readonly("bytes", [](const FileRest& r) { return r.file().bytes(); })
       .def_property_readonly("buffer_bytes", &FileRest::buffer_bytes)
+      .def_property_readonly("stream_bytes", &FileRest::stream_bytes)
       .def_property_readonly("engine", [](const FileRest& r) { return r.file().engine().name(); });
 }
 

@@ -12,7 +12,8 @@ namespace ds::zero {
 
 class FileRest : public optim::SliceRest {
  public:
-  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options) : file_(std::move(file)), stream_(options) {}
+  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options)
+      : file_(std::move(file)), options_(options), stream_(options) {}
 
   at::Tensor zeros(int64_t numel, at::ScalarType dtype) override;
   bool holds(const at::Tensor& t) const override { return t.defined() && file_->offset_of(t.data_ptr()).has_value(); }
@@ -21,10 +22,14 @@ class FileRest : public optim::SliceRest {
   void stream(const std::vector<Job>& jobs, const Work& work) override;
 
   const offload::TierFile& file() const { return *file_; }
-  int64_t buffer_bytes() const { return stream_.buffer_bytes(); }
+  int64_t buffer_bytes() const { return stream_.buffer_bytes(); }   // now
+  int64_t stream_bytes() const { return kMostArrays * options_.buffers * options_.tile_bytes; }   // at most
 
  private:
+  static constexpr int64_t kMostArrays = 3;   // a master and two states
+
   std::shared_ptr<offload::TierFile> file_;
+  const offload::StreamOptions options_;
   offload::TileStream stream_;
 };
 

@@ -9,6 +9,8 @@ import math
 from deepspeed.telemetry import logs, timers
 from deepspeed.telemetry.memory import print_memory
 from deepspeed.telemetry.monitors import MonitorMaster
+from deepspeed.zero.accounting import places_table
+from deepspeed.zero.tiers import IN_MEMORY
 
 # phase -> its timer of one micro-batch, and of one update
 PHASES = {
@@ -53,6 +55,9 @@ class Reporting:
             self._timeline = Timeline(self, self._config.timeline)
         if self._memory:
             print_memory("after initialize")
+        if self._managed is not None and self._managed.tiers != IN_MEMORY and self._managed.optimizer is not None:
+            lines = "\n".join(places_table(self._managed.optimizer))
+            logs.log_dist(f"where the state of training rests, on each rank:\n{lines}", ranks=[0])
         if self._config.dump_state:
             lines = [f"  {name} = {value}" for name, value in self.dump_state().items()]
             logs.report("\n".join([f"{type(self).__name__} after initialize:", *lines]))

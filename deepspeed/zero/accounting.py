@@ -11,7 +11,39 @@ def held_bytes(optimizer):
     """
     managed = optimizer.managed
     held = dict(managed.store.bytes())
+    del held["parameters_in_files"]   # of "parameters"; places() tells them apart
     held["gradients"] = managed.reducer.accumulator_bytes()
     held["buckets"] = managed.reducer.bucket_bytes()
     held["optimizer_state"] = optimizer.stepper.state_bytes()
     return held
+
+
+def places(optimizer):
+    """[(what, bytes on this rank, where it rests)] of the state of training, present or still to come, for the model that `optimizer` steps."""
+    managed, device = optimizer.managed, str(optimizer.managed.device)
+    tiers, store = managed.tiers, managed.store.bytes()
+    rest = tiers.rest.folder if tiers.rest is not None else device
+    trained = sum(s.master.numel() for s in optimizer.slices)
+    own_masters = sum(s.master.numel() for s in optimizer.slices if s.low is not None)
+    in_files = store["parameters_in_files"]
+    rows = [("parameters", store["parameters"] - in_files, device), ("parameters", in_files, tiers.parameter_folder),
+            ("master weights", 4 * own_masters, rest), ("optimizer states", 4 * trained * len(getattr(optimizer.stepper, "state_names", ())), rest),
+            ("gradient slices", 4 * trained, rest), ("gradients on their way", managed.reducer.bucket_bytes(), device)]
+    if managed.shards_params:
+        units = sorted((sum(managed.store.full_bytes(flat) for flat in managed.store.unit_flats(unit)) for unit in range(managed.store.units)
+                        if not managed.store.is_persistent(unit)), reverse=True)
+        rows.append(("gathered units", sum(units[:2]), device))
+    if tiers.rest is not None:
+        rows.append(("tiles of the step", min(tiers.rest.stream_bytes, 12 * trained), device))
+    return [row for row in rows if row[1]]
+
+
+def places_table(optimizer):
+    """places() as lines of text, most bytes first within each place."""
+    rows = places(optimizer)
+    lines = []
+    for where in dict.fromkeys(place for _, _, place in rows):
+        here = sorted(((size, what) for what, size, place in rows if place == where), reverse=True)
+        lines.append(f"  {sum(size for size, _ in here) / 2**20:12,.1f} MiB  {where}")
+        lines += [f"    {size / 2**20:12,.1f}    {what}" for size, what in here]
+    return lines

@@ -28,6 +28,7 @@ from deepspeed.config import load_config
 from deepspeed.device import get_accelerator
 from deepspeed.device.host_memory import blocks_from_system, trim_heap
 from deepspeed.zero.managed import ManagedModel, home_of
+from deepspeed.zero.tiers import IN_MEMORY, tiers_of
 from deepspeed.zero.transports import open_transports
 from deepspeed.zero.units import UnitPlan
 
@@ -51,7 +52,8 @@ class Init:
     """Context in which modules are sharded as they are constructed; `Init(module=m)` shards an existing one.
 
     config_dict_or_path: the training configuration, for dtype; dtype: overrides it (torch dtype). data_parallel_group: the ranks
-    to shard over. enabled=False makes it a plain context. The remaining arguments are those of the known package and choose
+    to shard over. enabled=False makes it a plain context. Where the configuration has zero_optimization.offload_param with device nvme, the
+    shards go into files at once; remote_device "nvme" asks that it has. The remaining arguments are those of the known package and choose
     implementations that do not exist here. Collective: every rank builds the same model.
     """
 
@@ -62,15 +64,20 @@ class Init:
         self.enabled = enabled
         if not enabled:
             return
-        if remote_device not in (None, "none", "cpu"):
-            raise NotImplementedError(f"zero.Init: remote_device={remote_device!r} is not built yet; parameters rest on the training device")
+        if remote_device not in (None, "none", "cpu", "nvme"):
+            raise ValueError(f"zero.Init: remote_device={remote_device!r}; known are \"none\", \"cpu\" and \"nvme\"")
         if zero_quantized_weights or zero_quantized_nontrainable_weights:
             raise NotImplementedError("zero.Init: quantised weights are not built yet; leave zero_quantized_weights off")
         comm.init_distributed()
         name = get_accelerator().device_name()
         self.device = torch.device("cpu") if name == "cpu" else torch.device(get_accelerator().current_device_name())
         source = config_dict_or_path if config_dict_or_path is not None else config
-        self.dtype = dtype or self._dtype_of(source, name)
+        config = load_config(source, device=name, batch_required=False) if source is not None else None
+        self.dtype = dtype or self._dtype_of(config)
+        self.tiers = tiers_of(config, with_optimizer=False) if config is not None else IN_MEMORY
+        if remote_device == "nvme" and not self.tiers.parameter_folder:
+            raise ValueError("zero.Init: remote_device=\"nvme\" needs config_dict_or_path with zero_optimization.offload_param, "
+                             "its device \"nvme\" and its nvme_path")
         self.group = data_parallel_group or (mpu.get_data_parallel_group() if mpu is not None else None)
         self._owner = None
         self._hooks = []
@@ -81,17 +88,17 @@ class Init:
             self._shard_tree(module)
             self._hand_over()
 
-    def _dtype_of(self, source, device):
-        if source is None:
+    @staticmethod
+    def _dtype_of(cfg):
+        if cfg is None:
             return None
-        cfg = load_config(source, device=device, batch_required=False)
         return torch.bfloat16 if cfg.bf16.enabled else torch.float16 if cfg.fp16.enabled else None
 
     # ---- sharding
 
     def _managed(self):
         if self._owner is None or self._owner.closed:
-            self._owner = ManagedModel(_open(self.group, self.device), self.device, shard_params=True)
+            self._owner = ManagedModel(_open(self.group, self.device), self.device, shard_params=True, tiers=self.tiers)
         return self._owner
 
     def _shard(self, module):

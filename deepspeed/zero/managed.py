@@ -106,6 +106,7 @@ class ManagedModel:
         self.scheduler = lib().UnitScheduler(self.store)
         self.reducer = None
         self.hooks = None
+        self.optimizer = None
         self.params = []          # Python parameters by store index
         self.closed = False
         self.away = frozenset()   # kinds of states that the engine has put away (Note [Memory without values] in resting.py)
