@@ -3,10 +3,11 @@
 
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
+#include <unistd.h>
 
-#include <algorithm>
-#include <cerrno>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -29,27 +30,48 @@ bool lives_in_memory(int fd) {
   return fstatfs(fd, &system) == 0 && (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
 }
 
+// What the file system says (Linux 6.1), else the block size. NVMe asks for 4 bytes, so tensors from any allocator will do.
+int64_t direct_memory_alignment(int fd) {
+#ifdef STATX_DIOALIGN
+  struct statx status;
+  if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 && (status.stx_mask & STATX_DIOALIGN) != 0 && status.stx_dio_mem_align > 0) {
+    return status.stx_dio_mem_align;
+  }
+#endif
+  return kDirectAlignment;
+}
+
+std::optional<FaultOptions> faults_of(const EngineOptions& options) {
+  if (options.faults) return options.faults;
+  const std::optional<std::string> text = platform::env_string("DS_IO_FAULTS");
+  return text ? std::optional<FaultOptions>(FaultOptions::parse(*text)) : std::nullopt;
+}
+
 }  // namespace
 
-EngineFile::EngineFile(const std::string& path, File::Mode mode, bool direct) : file_(path, mode) {
-  if (direct) open_direct(path, mode == File::Mode::Read ? O_RDONLY : O_RDWR);
+EngineFile::EngineFile(const std::string& path, File::Mode mode, bool direct) : file_(path, mode), memory_alignment_(kDirectAlignment) {
+  if (direct) open_direct(mode == File::Mode::Read ? O_RDONLY : O_RDWR);
 }
 
-EngineFile::EngineFile(File file, bool direct) : file_(std::move(file)) {
-  // Also where it has no name, or another file has it by now.
-  if (direct) open_direct("/proc/self/fd/" + std::to_string(file_.fd()), O_RDWR);
+EngineFile::EngineFile(File file, bool direct) : file_(std::move(file)), memory_alignment_(kDirectAlignment) {
+  if (direct) open_direct(O_RDWR);
 }
 
-void EngineFile::open_direct(const std::string& path, int access) {
+void EngineFile::open_direct(int access) {
   if (lives_in_memory(file_.fd())) return;
-  const int fd = ::open(path.c_str(), access | O_CLOEXEC | O_DIRECT);
-  if (fd >= 0) direct_ = File::adopt(fd, file_.path());  // else (some network systems): everything goes through the cache
+  // The same file once more, also where it has no name or another file has it by now; by name where /proc is not mounted.
+  const int flags = access | O_CLOEXEC | O_DIRECT;
+  int fd = ::open(("/proc/self/fd/" + std::to_string(file_.fd())).c_str(), flags);
+  if (fd < 0) fd = ::open(file_.path().c_str(), flags);
+  if (fd < 0) return;  // some network systems: everything goes through the cache
+  direct_ = File::adopt(fd, file_.path());
+  memory_alignment_ = direct_memory_alignment(fd);
 }
 
 // ---- requests ------------------------------------------------------------------------------------------------------
 
-Request::Request(std::shared_ptr<EngineFile> file, bool is_write, int64_t offset, int64_t bytes)
-    : file_(std::move(file)), is_write_(is_write), offset_(offset), bytes_(bytes) {}
+Request::Request(std::shared_ptr<EngineFile> file, bool is_write, int64_t offset, char* data, int64_t bytes, uint64_t serial)
+    : file_(std::move(file)), is_write_(is_write), offset_(offset), data_(data), bytes_(bytes), serial_(serial) {}
 
 bool Request::done() const {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -70,79 +92,19 @@ void Request::wait() {
   DS_FAIL_FILE(what, file_->path(), error_ == kEndOfFile ? 0 : error_);
 }
 
-// ---- chunks --------------------------------------------------------------------------------------------------------
-
-int Chunk::fd() const { return direct ? request->file_->direct_fd() : request->file_->file().fd(); }
-
-bool Chunk::is_write() const { return request->is_write_; }
-
-bool Chunk::complete(int64_t result) {
-  if (result == -EINTR || result == -EAGAIN) return false;
-  if (result == -EINVAL && direct) {
-    direct = false;
-    return false;
-  }
-  if (result < 0) {
-    finish(static_cast<int>(-result));
-    return true;
-  }
-  if (result == 0 && bytes > 0) {
-    finish(is_write() ? ENOSPC : kEndOfFile);
-    return true;
-  }
-  data += result;
-  offset += result;
-  bytes -= result;
-  if (bytes == 0) {
-    finish(0);
-    return true;
-  }
-  if (result % kDirectAlignment != 0) direct = false;  // the rest is no longer aligned
-  return false;
-}
-
-void Chunk::finish(int error) {
-  Request& r = *request;
-  const std::lock_guard<std::mutex> lock(r.mutex_);
-  // Of several failures the one nearest the start is reported, so that the message does not depend on timing.
-  if (error != 0 && (r.error_ == 0 || offset < r.error_offset_)) {
-    r.error_ = error;
-    r.error_offset_ = offset;
-  }
-  if (--r.chunks_left_ == 0) r.finished_.notify_all();
-}
-
-void ChunkQueue::push(const std::shared_ptr<Request>& request, char* data, const EngineOptions& options) {
-  const int64_t begin = request->offset_;
-  const int64_t end = begin + request->bytes_;
-  // Direct access needs memory and file to be aligned alike; then all but a head and a tail can go past the cache.
-  const bool alike = reinterpret_cast<uintptr_t>(data) % kDirectAlignment == static_cast<uintptr_t>(begin % kDirectAlignment);
-  const bool direct = alike && request->file_->has_direct();
-  const int64_t body_begin = direct ? std::min(end, round_up(begin, kDirectAlignment)) : end;
-  const int64_t body_end = direct ? std::max(body_begin, end / kDirectAlignment * kDirectAlignment) : end;
-
-  const auto cut = [&](int64_t from, int64_t to, bool is_direct) {
-    for (int64_t at = from; at < to; at += options.chunk_bytes) {
-      chunks_.push_back(Chunk{request, data + (at - begin), at, std::min(options.chunk_bytes, to - at), is_direct});
-    }
-  };
-  const size_t before = chunks_.size();
-  cut(begin, body_begin, false);
-  cut(body_begin, body_end, true);
-  cut(body_end, end, false);
-  request->chunks_left_ = static_cast<int64_t>(chunks_.size() - before);
-}
-
-Chunk ChunkQueue::pop() {
-  Chunk chunk = std::move(chunks_.front());
-  chunks_.pop_front();
-  return chunk;
-}
-
 // ---- engine --------------------------------------------------------------------------------------------------------
 
+FileEngine::FileEngine(const EngineOptions& options)
+    : options_(options), faults_([&options]() -> std::optional<Faults> {
+        const std::optional<FaultOptions> faults = faults_of(options);
+        return faults ? std::optional<Faults>(*faults) : std::nullopt;
+      }()), process_(getpid()) {}
+
+bool FileEngine::forked() const { return getpid() != process_; }
+
 std::unique_ptr<FileEngine> FileEngine::create(const EngineOptions& options) {
-  DS_CHECK_VALUE(options.queue_depth > 0, "queue_depth must be positive, got " << options.queue_depth);
+  DS_CHECK_VALUE(options.queue_depth > 0 && options.queue_depth <= kMaxQueueDepth,
+                 "queue_depth must lie in [1, " << kMaxQueueDepth << "], got " << options.queue_depth);
   DS_CHECK_VALUE(options.threads > 0, "threads must be positive, got " << options.threads);
   DS_CHECK_VALUE(options.chunk_bytes > 0 && options.chunk_bytes <= kMaxChunkBytes && options.chunk_bytes % kDirectAlignment == 0,
                  "chunk_bytes must be a multiple of " << kDirectAlignment << " in (0, " << kMaxChunkBytes << "], got "
@@ -164,27 +126,45 @@ std::unique_ptr<FileEngine> FileEngine::create(const EngineOptions& options) {
 }
 
 std::shared_ptr<EngineFile> FileEngine::open(const std::string& path, File::Mode mode) const {
-  return std::make_shared<EngineFile>(path, mode, options_.direct);
+  auto file = std::make_shared<EngineFile>(path, mode, options_.direct);
+  file->mark_ = mark(*file);
+  return file;
 }
 
-std::shared_ptr<EngineFile> FileEngine::adopt(File file) const { return std::make_shared<EngineFile>(std::move(file), options_.direct); }
+std::shared_ptr<EngineFile> FileEngine::adopt(File file) const {
+  auto known = std::make_shared<EngineFile>(std::move(file), options_.direct);
+  known->mark_ = mark(*known);
+  return known;
+}
+
+std::unique_ptr<KnownBuffer> FileEngine::register_buffer(void* data, int64_t bytes) { return std::make_unique<KnownBuffer>(); }
 
 std::shared_ptr<Request> FileEngine::read(std::shared_ptr<EngineFile> file, int64_t offset, void* dst, int64_t bytes) {
-  return start(std::move(file), false, offset, static_cast<char*>(dst), bytes);
+  auto request = make({std::move(file), false, offset, dst, bytes});
+  submit({request});
+  return request;
 }
 
 std::shared_ptr<Request> FileEngine::write(std::shared_ptr<EngineFile> file, int64_t offset, const void* src, int64_t bytes) {
-  return start(std::move(file), true, offset, static_cast<char*>(const_cast<void*>(src)), bytes);
+  auto request = make({std::move(file), true, offset, const_cast<void*>(src), bytes});
+  submit({request});
+  return request;
 }
 
-std::shared_ptr<Request> FileEngine::start(std::shared_ptr<EngineFile> file, bool is_write, int64_t offset, char* data,
-                                           int64_t bytes) {
-  DS_CHECK_VALUE(file != nullptr, "file is null");
-  DS_CHECK_VALUE(offset >= 0 && bytes >= 0, "range [" << offset << ", +" << bytes << ") of " << file->path() << " is negative");
-  checked_add(offset, bytes);
-  auto request = std::make_shared<Request>(std::move(file), is_write, offset, bytes);
-  submit(request, data);
-  return request;
+std::vector<std::shared_ptr<Request>> FileEngine::start(std::vector<Transfer> transfers) {
+  std::vector<std::shared_ptr<Request>> requests;
+  requests.reserve(transfers.size());
+  for (Transfer& transfer : transfers) requests.push_back(make(std::move(transfer)));
+  submit(requests);
+  return requests;
+}
+
+std::shared_ptr<Request> FileEngine::make(Transfer t) {
+  DS_CHECK(!forked(), "this file engine was made before a fork, and its threads are in the other process: make one after the fork");
+  DS_CHECK_VALUE(t.file != nullptr, "file is null");
+  DS_CHECK_VALUE(t.offset >= 0 && t.bytes >= 0, "range [" << t.offset << ", +" << t.bytes << ") of " << t.file->path() << " is negative");
+  checked_add(t.offset, t.bytes);
+  return std::make_shared<Request>(std::move(t.file), t.is_write, t.offset, static_cast<char*>(t.data), t.bytes, serial_++);
 }
 
 }  // namespace ds::io

@@ -5,119 +5,158 @@
 
 #ifdef DS_WITH_URING
 
-#include <liburing.h>
-
-#include <cerrno>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
+
+#include "io/uring.h"
 
 namespace ds::io {
 namespace {
 
+constexpr unsigned kReapedAtOnce = 64;
+
 class UringEngine final : public FileEngine {
  public:
-  explicit UringEngine(const EngineOptions& options) : FileEngine(options) {}
+  explicit UringEngine(const EngineOptions& options) : FileEngine(options), uring_(std::make_shared<Uring>()) {}
 
   // 0 or a negated errno.
-  int start() {
-    const int code = io_uring_queue_init(static_cast<unsigned>(options_.queue_depth) + 1, &ring_, 0);  // + 1: the stop signal
-    if (code != 0) return code;
-    io_uring_probe* probe = io_uring_get_probe_ring(&ring_);
-    const bool usable = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_READ) &&
-                        io_uring_opcode_supported(probe, IORING_OP_WRITE);
-    if (probe != nullptr) io_uring_free_probe(probe);
-    if (!usable) {
-      io_uring_queue_exit(&ring_);
-      return -ENOSYS;
-    }
-    started_ = true;
-    reaper_ = std::thread([this] { reap(); });
-    return 0;
+  int start_ring() {
+    const int code = uring_->open(options_.queue_depth + 1);  // + 1: the stop signal
+    if (code == 0) reaper_ = std::thread([this] { reap(); });
+    return code;
   }
 
   ~UringEngine() override {
-    if (!started_) return;
+    if (!reaper_.joinable()) return;
+    if (forked()) {
+      reaper_.detach();  // it is in another process, and so is what the ring has under way
+      return;
+    }
     {
-      std::unique_lock<std::mutex> lock(mutex_);
+      std::unique_lock<std::mutex> lock(uring_->mutex);
       idle_.wait(lock, [this] { return in_flight_ == 0 && queue_.empty(); });
-      io_uring_sqe* entry = io_uring_get_sqe(&ring_);
+      io_uring_sqe* entry = io_uring_get_sqe(uring_->ring());
       io_uring_prep_nop(entry);
       io_uring_sqe_set_data(entry, nullptr);
-      flush();
+      uring_->flush();
     }
     reaper_.join();
-    io_uring_queue_exit(&ring_);
+    uring_->close();
   }
 
   const char* name() const override { return "io_uring"; }
 
+  std::unique_ptr<KnownBuffer> register_buffer(void* data, int64_t bytes) override {
+    return std::make_unique<UringBuffer>(uring_, static_cast<char*>(data), bytes);
+  }
+
+  EngineCounts counts() const override {
+    const std::lock_guard<std::mutex> lock(uring_->mutex);
+    return counts_;
+  }
+
  protected:
-  void submit(const std::shared_ptr<Request>& request, char* data) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    queue_.push(request, data, options_);
+  void submit(const std::vector<std::shared_ptr<Request>>& requests) override {
+    const std::lock_guard<std::mutex> lock(uring_->mutex);
+    for (const auto& request : requests) queue_.push(request, options_);
     fill();
   }
 
+  std::unique_ptr<FileMark> mark(const EngineFile& file) const override {
+    const std::lock_guard<std::mutex> lock(uring_->mutex);
+    const int index = uring_->add_files(file.file().fd(), file.direct_fd());
+    return index < 0 ? nullptr : std::make_unique<UringMark>(uring_, index);
+  }
+
  private:
-  // All three below: mutex_ is held.
+  // From here to reap(): the mutex is held.
   void fill() {
-    bool any = false;
-    while (in_flight_ < options_.queue_depth && !queue_.empty()) {
+    const bool may_begin = options_.overlap || in_flight_ == 0;
+    while (may_begin && in_flight_ < options_.queue_depth && !queue_.empty()) {
       issue(new Chunk(queue_.pop()));
       ++in_flight_;
-      any = true;
+      if (options_.single_submit) counts_.system_calls += uring_->flush();
     }
-    if (any) flush();
+    counts_.system_calls += uring_->flush();
   }
 
+  // Files and buffers are looked up here and not earlier: what is registered cannot go before the kernel has the entry, because
+  // that takes the mutex, too.
   void issue(Chunk* chunk) {
-    io_uring_sqe* entry = io_uring_get_sqe(&ring_);  // never null: the ring is as deep as in_flight_ can get
-    const unsigned bytes = static_cast<unsigned>(chunk->bytes);
-    const uint64_t offset = static_cast<uint64_t>(chunk->offset);
-    if (chunk->is_write()) {
-      io_uring_prep_write(entry, chunk->fd(), chunk->data, bytes, offset);
+    io_uring_sqe* entry = io_uring_get_sqe(uring_->ring());  // never null: the ring is as deep as in_flight_ can get
+    const auto bytes = static_cast<unsigned>(faults_ ? faults_->issue(*chunk) : chunk->bytes);
+    const auto offset = static_cast<uint64_t>(chunk->offset);
+    const auto* mark = static_cast<const UringMark*>(chunk->file().mark());
+    const bool known_file = mark != nullptr && mark->uring == uring_;
+    const int fd = known_file ? mark->index + (chunk->direct ? 1 : 0) : chunk->fd();
+    const int buffer = uring_->find_buffer(chunk->data, chunk->bytes);
+    if (buffer >= 0) {
+      (chunk->is_write() ? io_uring_prep_write_fixed(entry, fd, chunk->data, bytes, offset, buffer)
+                         : io_uring_prep_read_fixed(entry, fd, chunk->data, bytes, offset, buffer));
+    } else if (chunk->is_write()) {
+      io_uring_prep_write(entry, fd, chunk->data, bytes, offset);
     } else {
-      io_uring_prep_read(entry, chunk->fd(), chunk->data, bytes, offset);
+      io_uring_prep_read(entry, fd, chunk->data, bytes, offset);
     }
+    if (known_file) io_uring_sqe_set_flags(entry, IOSQE_FIXED_FILE);
     io_uring_sqe_set_data(entry, chunk);
+    ++counts_.chunks;
+    counts_.known_buffer += buffer >= 0;
+    counts_.known_file += known_file;
   }
 
-  void flush() {
-    // Refusals here are passing ones (a signal, no memory for the moment); the entries stay in the ring until accepted.
-    while (io_uring_submit(&ring_) < 0) std::this_thread::yield();
+  void settle(Chunk* chunk, int64_t result, std::vector<std::unique_ptr<Chunk>>& finished) {
+    if (chunk->complete(result)) {
+      --in_flight_;
+      finished.emplace_back(chunk);
+    } else {
+      issue(chunk);
+    }
   }
 
   void reap() {
-    while (true) {
-      io_uring_cqe* entry = nullptr;
-      if (io_uring_wait_cqe(&ring_, &entry) != 0) continue;  // interrupted by a signal
-      Chunk* chunk = static_cast<Chunk*>(io_uring_cqe_get_data(entry));
-      const int64_t result = entry->res;
-      io_uring_cqe_seen(&ring_, entry);
-      if (chunk == nullptr) return;
-      std::unique_lock<std::mutex> lock(mutex_);
-      const bool finished = chunk->complete(result);
-      if (finished) {
-        --in_flight_;
-      } else {
-        issue(chunk);
-        flush();
+    std::vector<std::pair<Chunk*, int64_t>> answers;
+    std::vector<std::unique_ptr<Chunk>> finished;
+    bool stop = false;
+    while (!stop) {
+      stop = take_answers(answers);
+      {
+        const std::lock_guard<std::mutex> lock(uring_->mutex);
+        for (const auto& [chunk, result] : answers) settle(chunk, result, finished);
+        fill();
+        if (in_flight_ == 0) idle_.notify_all();
       }
-      fill();
-      if (in_flight_ == 0) idle_.notify_all();
-      lock.unlock();
-      if (finished) delete chunk;  // outside the mutex: this may drop the last reference to a file
+      finished.clear();  // without the mutex: this may drop the last reference to a file
     }
   }
 
-  io_uring ring_;
-  bool started_ = false;
-  std::mutex mutex_;
+  // True: the stop signal was among them, which comes last.
+  bool take_answers(std::vector<std::pair<Chunk*, int64_t>>& answers) {
+    answers.clear();
+    io_uring_cqe* entries[kReapedAtOnce];
+    if (io_uring_wait_cqe(uring_->ring(), entries) != 0) return false;  // interrupted by a signal
+    const unsigned count = io_uring_peek_batch_cqe(uring_->ring(), entries, kReapedAtOnce);
+    bool stop = false;
+    for (unsigned i = 0; i < count; ++i) {
+      auto* chunk = static_cast<Chunk*>(io_uring_cqe_get_data(entries[i]));
+      if (chunk == nullptr) stop = true;
+      else answers.emplace_back(chunk, entries[i]->res);
+    }
+    io_uring_cq_advance(uring_->ring(), count);
+    if (faults_) {
+      for (auto& [chunk, result] : answers) result = faults_->answer(*chunk, result);
+    }
+    return stop;
+  }
+
+  const std::shared_ptr<Uring> uring_;
   std::condition_variable idle_;
   ChunkQueue queue_;
   int in_flight_ = 0;
+  EngineCounts counts_;
   std::thread reaper_;
 };
 
@@ -125,7 +164,7 @@ class UringEngine final : public FileEngine {
 
 std::unique_ptr<FileEngine> make_uring_engine(const EngineOptions& options) {
   auto engine = std::make_unique<UringEngine>(options);
-  if (engine->start() != 0) return nullptr;
+  if (engine->start_ring() != 0) return nullptr;
   return engine;
 }
 

@@ -16,6 +16,7 @@ const std::vector<EnvVariable>& env_table() {
       {"WORLD_SIZE", nullptr, "number of processes, set by the launcher"},
       {"DS_HUGE_PAGES", "1", "0: do not advise huge pages for large buffers"},
       {"DS_IO_ENGINE", "auto", "auto, uring or threads: how files are read and written"},
+      {"DS_IO_FAULTS", nullptr, "for tests: faults of the file engine at random, e.g. seed=1,error=0.01,torn=0.01,cut=0.1,again=0.1,delay=0.1"},
   };
   return table;
 }

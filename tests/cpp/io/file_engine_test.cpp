@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
@@ -159,10 +163,178 @@ TEST_P(Engines, BadArguments) {
   EXPECT_THROW(e->open(directory_ + "/none/f", File::Mode::Create), FileError);
 }
 
+TEST_P(Engines, SeveralAtOnce) {
+  const auto e = engine(true, 4096, 8);
+  const auto a = e->open(directory_ + "/a", File::Mode::Create), b = e->open(directory_ + "/b", File::Mode::Create);
+  Buffer out(40000), in(40000);
+  for (size_t i = 0; i < out.bytes(); ++i) static_cast<char*>(out.data())[i] = static_cast<char>(i * 7 + i / 256);
+  char *const from = static_cast<char*>(out.data()), *const to = static_cast<char*>(in.data());
+  for (const auto& r : e->start({{a, true, 0, from, 10000}, {b, true, 5, from + 10000, 20000}, {a, true, 12288, from + 30000, 10000}})) r->wait();
+  const auto reads = e->start({{a, false, 0, to, 10000}, {b, false, 5, to + 10000, 20000}, {a, false, 12288, to + 30000, 10000}, {a, false, 0, to, 0}});
+  ASSERT_EQ(reads.size(), 4u);
+  for (const auto& r : reads) r->wait();
+  EXPECT_EQ(std::memcmp(from, to, out.bytes()), 0);
+  EXPECT_TRUE(e->start({}).empty());
+  EXPECT_THROW(e->start({{a, true, 0, from, 10}, {nullptr, true, 0, from, 10}}), ValueError);
+}
+
+TEST_P(Engines, KnownBuffersAndFiles) {
+  const auto e = engine(true, 8192, 4);
+  Buffer out(65536), in(65536);
+  std::memset(out.data(), 'k', out.bytes());
+  const auto first = e->open(directory_ + "/f", File::Mode::Create);
+  auto known = e->register_buffer(out.data(), static_cast<int64_t>(out.bytes()));
+  const EngineCounts before = e->counts();
+  e->write(first, 0, out.data(), 65536)->wait();
+  const EngineCounts after = e->counts();
+  if (GetParam() == Backend::Uring && known->active()) {
+    EXPECT_EQ(after.known_buffer - before.known_buffer, 8);
+    EXPECT_EQ(after.known_file - before.known_file, 8);
+  }
+  known.reset();
+  e->read(first, 0, in.data(), 65536)->wait();   // unknown memory
+  EXPECT_EQ(e->counts().known_buffer, after.known_buffer);
+  EXPECT_EQ(std::memcmp(in.data(), out.data(), in.bytes()), 0);
+  // More than there are places, again and again, of files and of buffers.
+  std::vector<std::shared_ptr<EngineFile>> files;
+  std::vector<std::unique_ptr<KnownBuffer>> buffers;
+  for (int round = 0; round < 3; ++round) {
+    files.clear();
+    buffers.clear();
+    for (int i = 0; i < 200; ++i) {
+      files.push_back(e->open(directory_ + "/" + std::to_string(i), File::Mode::Create));
+      buffers.push_back(e->register_buffer(out.data(), 65536));
+      std::memcpy(out.data(), &i, sizeof(i));
+      e->write(files.back(), 0, out.data(), 4096)->wait();
+    }
+    for (int i = 0; i < 200; ++i) {
+      int found = -1;
+      e->read(files[static_cast<size_t>(i)], 0, &found, sizeof(found))->wait();
+      EXPECT_EQ(found, i);
+    }
+  }
+  EXPECT_NE(e->register_buffer(nullptr, 100), nullptr);
+}
+
+TEST_P(Engines, WhatIsKnownMayOutliveTheEngine) {
+  Buffer memory(8192);
+  std::shared_ptr<EngineFile> file;
+  std::unique_ptr<KnownBuffer> known;
+  {
+    const auto e = engine();
+    file = e->open(directory_ + "/f", File::Mode::Create);
+    known = e->register_buffer(memory.data(), 8192);
+  }
+  known.reset();
+  const auto other = engine();   // a file of one engine works with another
+  other->write(file, 0, "abc", 3)->wait();
+  char text[3];
+  other->read(file, 0, text, 3)->wait();
+  EXPECT_EQ(std::string(text, 3), "abc");
+}
+
+TEST_P(Engines, RefusedRegistrationChangesNothing) {
+  // Another user with a low limit of locked memory, as in many containers.
+  const pid_t child = fork();
+  if (child == 0) {
+    const rlimit low{65536, 65536};
+    bool right = chmod(directory_.c_str(), 0777) == 0 && setrlimit(RLIMIT_MEMLOCK, &low) == 0 && (geteuid() != 0 || setuid(65534) == 0);
+    try {
+      const auto e = engine();
+      Buffer out(1 << 20), in(1 << 20);
+      std::memset(out.data(), 'r', out.bytes());
+      const auto known = e->register_buffer(out.data(), 1 << 20);
+      const auto file = e->open(directory_ + "/f", File::Mode::Create);
+      e->write(file, 0, out.data(), 1 << 20)->wait();
+      e->read(file, 0, in.data(), 1 << 20)->wait();
+      right = right && !known->active() && e->counts().known_buffer == 0 && std::memcmp(in.data(), out.data(), in.bytes()) == 0;
+    } catch (const Error& error) {
+      fprintf(stderr, "%s\n", error.what());
+      right = false;
+    }
+    _exit(right ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+}
+
+TEST_P(Engines, ForkedChildIsRefusedAndHarmless) {
+  auto e = engine();
+  auto file = e->open(directory_ + "/f", File::Mode::Create);
+  Buffer memory(65536);
+  auto known = e->register_buffer(memory.data(), 65536);
+  const pid_t child = fork();
+  if (child == 0) {
+    bool refused = false;
+    try {
+      e->write(file, 0, memory.data(), 4096);
+    } catch (const Error& error) {
+      refused = error.message.find("before a fork") != std::string::npos;
+    }
+    known.reset();
+    file.reset();
+    e.reset();
+    _exit(refused ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  const EngineCounts before = e->counts();
+  e->write(file, 0, memory.data(), 65536)->wait();   // still known here
+  if (known->active()) {
+    EXPECT_EQ(e->counts().known_buffer - before.known_buffer, 8);
+  }
+}
+
+TEST_P(Engines, VanishedFolder) {
+  const auto e = engine();
+  Buffer data(65536);
+  ASSERT_EQ(mkdir((directory_ + "/gone").c_str(), 0755), 0);
+  const auto file = e->open(directory_ + "/gone/f", File::Mode::Create);
+  ASSERT_EQ(std::system(("rm -r '" + directory_ + "/gone'").c_str()), 0);
+  e->write(file, 0, data.data(), 65536)->wait();   // what is open stays usable
+  e->read(file, 0, data.data(), 65536)->wait();
+  try {
+    e->open(directory_ + "/gone/f", File::Mode::Read);
+    FAIL();
+  } catch (const FileError& error) {
+    EXPECT_EQ(error.code, ENOENT);
+    EXPECT_NE(error.message.find("opening of " + directory_ + "/gone/f failed"), std::string::npos) << error.message;
+  }
+}
+
+TEST_P(Engines, WaysOfSubmitting) {
+  for (const bool single : {false, true}) {
+    for (const bool overlap : {false, true}) {
+      EngineOptions options;
+      options.backend = GetParam();
+      options.chunk_bytes = 4096;
+      options.queue_depth = 5;
+      options.single_submit = single;
+      options.overlap = overlap;
+      options.faults = FaultOptions::parse("seed=3,cut=0.3,again=0.2");
+      const auto e = FileEngine::create(options);
+      Buffer out(100000), in(100000);
+      for (size_t i = 0; i < out.bytes(); ++i) static_cast<char*>(out.data())[i] = static_cast<char>(i * 13 + i / 512);
+      const auto file = e->open(directory_ + "/f", File::Mode::Create);
+      e->write(file, 0, out.data(), 100000)->wait();
+      e->read(file, 0, in.data(), 100000)->wait();
+      EXPECT_EQ(std::memcmp(in.data(), out.data(), in.bytes()), 0) << single << overlap;
+      const EngineCounts counts = e->counts();
+      if (GetParam() == Backend::Uring && single && !overlap) {
+        EXPECT_GE(counts.system_calls, 50);
+      }
+    }
+  }
+}
+
 TEST(Options, AreChecked) {
   EngineOptions options;
-  options.queue_depth = 0;
-  EXPECT_THROW(FileEngine::create(options), ValueError);
+  for (int depth : {0, kMaxQueueDepth + 1}) {
+    options.queue_depth = depth;
+    EXPECT_THROW(FileEngine::create(options), ValueError);
+  }
   options = {};
   options.threads = 0;
   EXPECT_THROW(FileEngine::create(options), ValueError);
@@ -186,10 +358,10 @@ class ChunkAnswers : public ::testing::Test {
     path_ = pattern;
     close(mkstemp(path_.data()));
     auto file = std::make_shared<EngineFile>(path_, File::Mode::ReadWrite, false);
-    request_ = std::make_shared<Request>(file, true, 0, 3 * kDirectAlignment);
     data_.resize(static_cast<size_t>(3 * kDirectAlignment + 64));
+    request_ = std::make_shared<Request>(file, true, 0, data_.data(), 3 * kDirectAlignment);
     ChunkQueue queue;
-    queue.push(request_, data_.data(), EngineOptions{});
+    queue.push(request_, EngineOptions{});
     chunk_ = std::make_unique<Chunk>(queue.pop());
   }
   ~ChunkAnswers() override { unlink(path_.c_str()); }

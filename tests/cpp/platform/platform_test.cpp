@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
-
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -142,6 +143,29 @@ TEST(File, WritesReadsAndResizes) {
   EXPECT_FALSE(file.is_open());
   file.close();
   EXPECT_THROW(File(path, File::Mode::CreateNew), FileError);
+}
+
+TEST(File, ReserveLengthensOrNamesTheReason) {
+  File file = File::memory("room", 10);
+  file.reserve(0, 10000);
+  EXPECT_EQ(file.size(), 10000);
+  file.reserve(50, 100);
+  EXPECT_EQ(file.size(), 10000);
+  // A limit, not a size no disk has: for files in memory the system would try.
+  rlimit before;
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit low{20000, before.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &low), 0);
+  try {
+    file.reserve(10000, 20000);
+    ADD_FAILURE();
+  } catch (const FileError& error) {
+    EXPECT_EQ(error.code, EFBIG);
+    EXPECT_NE(error.message.find("setting 20000 bytes aside of memory:room failed"), std::string::npos) << error.message;
+  }
+  setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, handler);
 }
 
 TEST(File, ErrorsNameThePathAndTheReason) {
