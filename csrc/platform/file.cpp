@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -99,10 +100,13 @@ void File::resize(int64_t bytes) {
 }
 
 void File::reserve(int64_t offset, int64_t bytes) {
-  int code = 0;
-  do {
-    code = fallocate(fd_, 0, offset, bytes) == 0 ? 0 : errno;
-  } while (code == EINTR);
+  const int64_t before = size();
+  // Asked first: a system that runs out midway would have taken everybody's last free block.
+  struct statvfs system;
+  const bool known = fstatvfs(fd_, &system) == 0 && system.f_blocks > 0;
+  int code = known && static_cast<uint64_t>(bytes) / system.f_frsize > system.f_bavail ? ENOSPC : EINTR;
+  while (code == EINTR) code = fallocate(fd_, 0, offset, bytes) == 0 ? 0 : errno;
+  if (code == ENOSPC && size() > before) resize(before);
   if (code == EOPNOTSUPP || code == ENOSYS) {
     if (size() < offset + bytes) resize(offset + bytes);
     return;

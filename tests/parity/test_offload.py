@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import deepspeed
+from deepspeed import DeepSpeedConfigError
+from deepspeed.utils import (safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_fp32_param,
+                             safe_set_full_grad, safe_set_full_optimizer_state)
+from deepspeed.zero.accounting import places
 from tests.parity.launch import on_ranks
-from tests.parity.tiny import assert_same, config, engine_of, tiny, train, whole
+from tests.parity.tiny import assert_same, batch, config, engine_of, tiny, train, whole
 
 STEPS = 50
 
@@ -54,3 +59,161 @@ def test_the_same_bits(stage, optimizer, parameters, precision, tmp_path):
 def test_one_rank_frees_its_parameters_too(precision, tmp_path):
     want = trained(3, precision, {}, steps=5)
     same(trained(3, precision, on_files(tmp_path, True, True), steps=5), want)
+
+
+@on_ranks(2)
+def test_all_state_is_where_it_was_asked_for(tmp_path):
+    engine = engine_of(tiny(width=65), config(3, zero=on_files(tmp_path, True, True), bf16={"enabled": True}))
+    train(engine, 1, width=65)
+    managed, stepper = engine._managed, engine.optimizer.stepper
+    held = [t for s in engine.optimizer.slices for t in (s.master, managed.reducer.grad_slice(s.flat))]
+    held += [t for number in range(len(engine.optimizer.slices)) for t in stepper.memory_of(number)]
+    assert held and all(managed.rests_in_file(t) for t in held)
+    sizes = {(what, where) for what, _, where in places(engine.optimizer)}
+    assert {("parameters", str(tmp_path)), ("master weights", str(tmp_path)), ("optimizer states", str(tmp_path))} <= sizes
+    assert managed.store.bytes()["parameters_in_files"] == managed.store.bytes()["parameters"]
+    engine.destroy()
+
+
+@on_ranks(2)
+def test_some_parameters_stay_in_memory(tmp_path):
+    zero = on_files(tmp_path, False, True)
+    zero["offload_param"]["max_in_cpu"] = 5000   # of this rank's 8700
+    engine = engine_of(tiny(width=65), config(3, zero=zero))
+    store = engine._managed.store.bytes()
+    assert 0 < store["parameters"] - store["parameters_in_files"] <= 4 * 5000
+    train(engine, 2, width=65)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@on_ranks(2)
+def test_checkpoints_go_either_way(precision, tmp_path):
+    """Saved from files and continued in memory, and the other way round: the same bits as training that never stopped."""
+    settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    wanted = engine_of(tiny(width=65), config(3, **settings))
+    train(wanted, 5, width=65)
+    want, want_states = whole(wanted.module), wanted.optimizer.state_dict()["state"]
+    for number, (first, second) in enumerate([({}, on_files(tmp_path, True, True)), (on_files(tmp_path, True, True), {}),
+                                              (on_files(tmp_path, True, True), on_files(tmp_path, True, True))]):
+        engine = engine_of(tiny(width=65), config(3, zero=first, **settings))
+        train(engine, 3, width=65)
+        engine.save_checkpoint(str(tmp_path / f"saved{number}"))
+        engine.destroy()
+        engine = engine_of(tiny(7, width=65), config(3, zero=second, **settings))
+        engine.load_checkpoint(str(tmp_path / f"saved{number}"))
+        train(engine, 2, first=3, width=65)
+        assert_same(whole(engine.module), want)
+        for name, entry in engine.optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(want_states[name][key])), (name, key)
+        engine.destroy()
+    wanted.destroy()
+
+
+@on_ranks(2)
+def test_what_callers_read_and_write(tmp_path):
+    engines = [engine_of(tiny(width=65), config(3, zero=zero, bf16={"enabled": True})) for zero in ({}, on_files(tmp_path, True, True))]
+    for engine in engines:
+        train(engine, 2, width=65)
+        p = dict(engine.module.named_parameters())["layers.1.linear.weight"]
+        safe_set_full_fp32_param(p, safe_get_full_fp32_param(p) * 1.5)
+        safe_set_full_optimizer_state(p, safe_get_full_optimizer_state(p, "exp_avg") + 0.25, "exp_avg")
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            if dist.get_rank() == 0:
+                p.data[3] += 1
+        loss = engine(batch(9, width=65).bfloat16())
+        engine.backward(loss)
+        safe_set_full_grad(p, safe_get_full_grad(p) * 2)
+        engine.step()
+        state = engine.optimizer.state_dict()
+        engine.optimizer.load_state_dict(state)
+        engine.offload_states()
+        engine.reload_states()
+    assert_same(whole(engines[1].module), whole(engines[0].module))
+    for engine in engines:
+        engine.destroy()
+
+
+@on_ranks(2)
+def test_built_straight_into_files(tmp_path):
+    cfg = config(3, zero=on_files(tmp_path, True, True), bf16={"enabled": True})
+    with deepspeed.zero.Init(config_dict_or_path=cfg, remote_device="nvme"):
+        model = tiny(width=65)
+    home = next(model.parameters()).ds_home
+    assert home.owner.store.bytes()["parameters_in_files"] > 0
+    engine = engine_of(model, cfg)
+    losses = train(engine, 3, width=65)
+    plain = config(3, bf16={"enabled": True})
+    with deepspeed.zero.Init(config_dict_or_path=plain):
+        model = tiny(width=65)
+    other = engine_of(model, plain)
+    assert train(other, 3, width=65) == losses
+    assert_same(whole(engine.module), whole(other.module))
+    engine.destroy()
+    other.destroy()
+
+
+@on_ranks(2)
+def test_evaluation_only(tmp_path):
+    zero = on_files(tmp_path, False, True)
+    outputs = []
+    for part in ({}, zero):
+        engine = engine_of(tiny(width=65), config(3, zero=part, optimizer=None))
+        with torch.no_grad():
+            outputs.append(engine(batch(0, width=65)))
+        engine.destroy()
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("optimizer", ["Lion", "Adagrad", "SGD"])
+@on_ranks(2)
+def test_other_optimizers(optimizer, tmp_path):
+    section = {"type": optimizer, "params": {"lr": 1e-2, **({"momentum": 0.9} if optimizer == "SGD" else {})}}
+    want = trained(2, "bf16", {}, steps=6, optimizer=section)
+    same(trained(2, "bf16", on_files(tmp_path), steps=6, optimizer=section), want)
+
+
+@on_ranks(1)
+def test_an_optimizer_that_cannot_rest_there_says_so(tmp_path):
+    for section in ({"type": "Lamb", "params": {"lr": 1e-2}}, {"type": "RMSprop", "params": {"lr": 1e-2}}):
+        with pytest.raises(ValueError, match="offload_optimizer.device.*Adam"):
+            engine_of(tiny(), config(2, zero=on_files(tmp_path), optimizer=section, zero_allow_untested_optimizer=True,
+                                     zero_force_ds_cpu_optimizer=False))
+
+
+@on_ranks(1)
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="offload_optimizer.nvme_path"):
+        engine_of(tiny(), config(2, zero=on_files(tmp_path / "file" / "below")))
+    zero = on_files(tmp_path)
+    del zero["offload_optimizer"]["nvme_path"]
+    with pytest.raises(DeepSpeedConfigError, match="zero_optimization.offload_optimizer.nvme_path.*missing"):
+        engine_of(tiny(), config(2, zero=zero))
+
+
+def _resident(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
+
+
+@on_ranks(2)
+def test_memory_is_bounded(tmp_path):
+    """20 M parameters, 360 MB of state: what training adds to the process are two units, the gradients on their way and the tiles."""
+    width, layers = 1024, 18
+    cfg = config(3, zero={**on_files(tmp_path, True, True), "stage3_prefetch_bucket_size": width * width}, bf16={"enabled": True})
+    with deepspeed.zero.Init(config_dict_or_path=cfg):
+        model = tiny(width=width, layers=layers)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")   # VmHWM := VmRSS
+    before = _resident("VmRSS")
+    engine = engine_of(model, cfg)
+    train(engine, 3, width=width)
+    grown = _resident("VmHWM") - before
+    unit = 2 * width * (width + 3)
+    parameters = sum(p.ds_numel for p in engine.module.parameters())
+    assert parameters > 18e6
+    allowed = 8 * unit + 3 * 4 * (4 << 20) + (48 << 20)   # gathered and gradients, tiles, and what the first steps leave in the heap
+    assert grown < allowed < 9 * parameters, f"{grown >> 20} MiB, allowed {allowed >> 20}"
+    engine.destroy()
