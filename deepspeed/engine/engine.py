@@ -25,6 +25,10 @@ from deepspeed.engine.weights import WeightMethods
 from deepspeed.zero.offload import DeepSpeedZeRoOffload
 from deepspeed.zero.offload_config import FOR_BACKWARD
 
+_DESTROYED = ("this engine was destroyed: pass its model to deepspeed.initialize() again. (The Hugging Face Trainer destroys its engine when train() "
+              "begins, and goes on using it where there was one already, from evaluate(), predict() or an earlier train(): say "
+              "`trainer.model_wrapped = trainer.model` before train(), or train with a new Trainer)")
+
 
 class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReduction, Compilation, CheckpointMethods, Reporting,
                       StateMethods, WeightMethods, torch.nn.Module):
@@ -99,7 +103,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self._gas = cfg.gradient_accumulation_steps
         self._micro = cfg.train_micro_batch_size_per_gpu
         self._data_post_process = self._data_schedules = self.training_dataloader = None
-        self._scaled = False
+        self._scaled = self._destroyed = False
         self._joining = None
         self._open_telemetry()
 
@@ -165,9 +169,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
 
     def forward(self, *inputs, **kwargs):
         """The module's own output."""
-        if self._managed is None and self._layout.shard_params:
-            raise RuntimeError("this engine was destroyed and its model is sharded: pass the model to deepspeed.initialize() again. (The Hugging "
-                               "Face Trainer keeps the engine it evaluated with: train with a new Trainer, or use eval_on_start=True)")
+        if self._destroyed and (self._layout.shard_params or (self.training and torch.is_grad_enabled())):
+            raise RuntimeError(_DESTROYED)
         if self._half_loaded is not None:
             self._refuse_half_loaded()
         if self._config.fp16.auto_cast and self._layout.compute_dtype is not None:
@@ -406,6 +409,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         self.optimizer = self.basic_optimizer = self.lr_scheduler = self.client_optimizer = self.client_lr_scheduler = None
         self.param_names = {}
         self._managed = self._half_loaded = None
+        self._destroyed = True
         self.monitor.close()
 
 

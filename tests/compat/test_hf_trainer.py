@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hugging Face Trainer runs on this library unchanged and gets the numbers it gets without it. tests/compat/hf.sh installs what this needs."""
 import importlib.util
+import math
 import os
 import tempfile
 
@@ -40,6 +41,7 @@ VARIANTS = {
     "tight clipping": dict(max_grad_norm=0.1, max_steps=4),
     "checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, max_steps=4),
     "reentrant checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, max_steps=4),
+    "all at once": dict(gradient_accumulation_steps=3, gradient_checkpointing=True, max_grad_norm=0.1, max_steps=4),
 }
 
 
@@ -64,8 +66,32 @@ def test_bf16(lora, folder):
 
 
 @on_ranks(2, timeout=TIMEOUT_S)
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_fp16(lora, folder):
+    """Plain Trainer has no fp16 without a GPU; this is fp16 beside fp32, with a dynamic loss scale that fits from the beginning."""
+    plain = training.train("llama", folder, None, lora, save=False, max_steps=6)
+    for stage in (0, 2, 3):
+        found = training.train("llama", folder, stage, lora, save=False, fp16=True, max_steps=6)
+        assert training.worst(found.losses, plain.losses) <= 2**-11 and training.worst(found.norms, plain.norms) <= 6 * 2**-11, stage
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_steps_that_overflow_in_fp16_change_nothing_not_even_the_schedule(stage, folder):
+    """Every step sees the same samples: without the skipped ones, it is the run that skips none."""
+    settings = dict(save=False, samples=training.SAMPLES_A_STEP, learning_rate=1e-2, lr_scheduler_type="constant_with_warmup", warmup_steps=4,
+                    max_steps=8)
+    plain = training.train("llama", folder, None, **settings)
+    ds_config = training.config(stage, fp16={"enabled": "auto", "loss_scale": 0, "initial_scale_power": 20, "hysteresis": 1})
+    found = training.train("llama", folder, stage, ds_config=ds_config, fp16=True, **settings)
+    kept = [step for step, norm in enumerate(found.norms) if math.isfinite(norm)]
+    assert 8 - len(kept) == found.skipped and 2 <= found.skipped <= 4
+    assert training.worst([found.losses[step] for step in kept], plain.losses[:len(kept)]) <= 2**-11
+    assert training.worst([found.norms[step] for step in kept], plain.norms[:len(kept)]) <= 6 * 2**-11
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+@pytest.mark.parametrize("name, stage", [("llama", 2), ("llama", 3), ("t5", 2), ("t5", 3), ("mixtral", 3), ("qwen2-moe", 3), ("qwen3-moe", 3)])
 def test_generation(name, stage, folder):
     """Ranks that generate different numbers of tokens, after a training that changes nothing."""
     from transformers import Trainer
@@ -83,27 +109,79 @@ def test_generation(name, stage, folder):
     assert torch.equal(found[:, :wanted.shape[1]], wanted)
 
 
-def _seq2seq(model, rows, folder, **settings):
+def _seq2seq(name, folder, stage, rows, model=None, **settings):
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-    training.forget_accelerate()
-    args = Seq2SeqTrainingArguments(output_dir=os.path.join(folder, "out"), deepspeed=training.config(3), use_cpu=True, report_to=[],
-                                    predict_with_generate=True, per_device_eval_batch_size=2, generation_max_length=10, max_steps=2,
-                                    disable_tqdm=True, save_strategy="no", log_level="error", **settings)
-    model = model or models.model_class("t5").from_pretrained(os.path.join(folder, "t5"))
-    return Seq2SeqTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+    start = training.starting_point(name, folder)
+    args = training.arguments(os.path.join(folder, "out"), stage, kind=Seq2SeqTrainingArguments, predict_with_generate=True,
+                              generation_max_length=10, **settings)
+    return Seq2SeqTrainer(model=model or models.model_class(name).from_pretrained(start), args=args, train_dataset=rows, eval_dataset=rows[:6],
+                          compute_metrics=_mean_token)
+
+
+def _mean_token(prediction):
+    return {"token": float(prediction.predictions.mean())}
+
+
+def _evaluated_by_generating(name, folder, stage, **settings):
+    """A training that generates on its way, a last batch with one sample less than ranks; every figure, and the tokens at the end."""
+    trainer = _seq2seq(name, folder, stage, models.dataset(name, 20), eval_strategy="steps", eval_steps=2, max_steps=5, learning_rate=3e-2,
+                       **settings)
+    trainer.train()
+    figures = [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss", "eval_token") if key in entry]
+    predicted = trainer.predict(models.dataset(name, 7, seed=2), max_new_tokens=8, num_beams=2)
+    return figures + [predicted.metrics["test_loss"]], predicted.predictions
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_seq2seq_with_generation_in_evaluation(name, folder):
+    wanted, tokens = _evaluated_by_generating(name, folder, None)
+    assert len(wanted) == 5 + 3 * 2 + 1
+    for stage in (2, 3):
+        found, generated = _evaluated_by_generating(name, folder, stage)
+        assert training.worst(found, wanted) <= matrix.LOSS_BAR, stage
+        assert generated.shape == tokens.shape and (generated == tokens).all(), stage
 
 
 @on_ranks(2, timeout=TIMEOUT_S)
 def test_a_model_is_evaluated_by_one_trainer_and_trained_by_the_next(folder):
     """The first one's engine is destroyed; the sharded weights stay with the model."""
-    training.starting_point("t5", folder)
     rows = models.dataset("t5", 8)
-    first = _seq2seq(None, rows, folder)
+    first = _seq2seq("t5", folder, 3, rows, max_steps=2)
     before = first.predict(rows)
     first.accelerator.free_memory()
-    second = _seq2seq(first.model, rows, folder)
+    second = _seq2seq("t5", folder, 3, rows, first.model, max_steps=2)
     del first
     second.train()
     after = second.predict(rows)
     assert before.predictions.shape[0] == after.predictions.shape[0] == len(rows)
     assert after.metrics["test_loss"] < before.metrics["test_loss"]
+
+
+def _three_steps(trainer):
+    """Losses and norms."""
+    trainer.train()
+    return [value for entry in trainer.state.log_history if "loss" in entry for value in (entry["loss"], entry["grad_norm"])]
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_trainer_trains_anew(stage, folder):
+    """transformers destroys the engine and goes on with it: the error says what to write, and that gives the numbers of a new Trainer."""
+    from transformers import Trainer
+    rows, kind, saved = models.dataset("llama", 12), models.model_class("llama"), os.path.join(folder, "saved")
+    start = training.starting_point("llama", folder)
+    args = training.arguments(os.path.join(folder, "out"), stage, max_steps=3)
+    trainer = Trainer(model=kind.from_pretrained(start), args=args, train_dataset=rows, eval_dataset=rows)
+    if stage == 3:   # below, Trainer refuses to evaluate before it trains
+        trainer.evaluate()
+    else:
+        trainer.train()
+    trainer.save_model(saved)
+    with pytest.raises(RuntimeError, match="trainer.model_wrapped = trainer.model"):
+        trainer.train()
+    trainer.model_wrapped = trainer.model
+    found = _three_steps(trainer)
+    assert len(found) == 6
+    args = training.arguments(os.path.join(folder, "out"), stage, max_steps=3)
+    assert found == _three_steps(Trainer(model=kind.from_pretrained(saved), args=args, train_dataset=rows))

@@ -17,6 +17,7 @@ class Outcome(NamedTuple):
     eval_loss: float
     logits: object         # numpy, of the evaluation samples after training
     reloaded: object       # the same from what was saved, read without this library
+    skipped: int           # steps whose gradients overflowed
 
 
 def config(stage, **sections):
@@ -41,7 +42,8 @@ def forget_accelerate():
     gc.collect()
 
 
-def arguments(folder, stage=None, ds_config=None, **settings):
+def arguments(folder, stage=None, ds_config=None, kind=None, **settings):
+    """kind: TrainingArguments or a class derived from it. stage None and no ds_config: without this library."""
     from transformers import TrainingArguments
     forget_accelerate()
     if stage is not None and ds_config is None:
@@ -50,7 +52,7 @@ def arguments(folder, stage=None, ds_config=None, **settings):
         settings.setdefault("ddp_find_unused_parameters", False)   # what plain Trainer otherwise gets wrong with reentrant checkpointing
     defaults = dict(per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=STEPS, logging_steps=1, use_cpu=True, report_to=[],
                     save_strategy="no", seed=3, learning_rate=1e-3, disable_tqdm=True, bf16=False, log_level="error")
-    return TrainingArguments(output_dir=str(folder), deepspeed=ds_config, **{**defaults, **settings})
+    return (kind or TrainingArguments)(output_dir=str(folder), deepspeed=ds_config, **{**defaults, **settings})
 
 
 def with_lora(model):
@@ -96,7 +98,7 @@ def reload_logits(name, start, saved, lora, rows):
     return torch.cat(parts).float().numpy()
 
 
-def train(name, folder, stage=None, lora=False, save=True, dtype=None, prepare=None, **settings):
+def train(name, folder, stage=None, lora=False, save=True, dtype=None, prepare=None, samples=STEPS * SAMPLES_A_STEP, **settings):
     """Collective. Trains one architecture for some steps; stage None: without this library."""
     import torch
     import torch.distributed as dist
@@ -108,13 +110,13 @@ def train(name, folder, stage=None, lora=False, save=True, dtype=None, prepare=N
         model = with_lora(model)
     if prepare is not None:
         prepare(model)
-    rows, held_out = models.dataset(name, STEPS * SAMPLES_A_STEP), models.dataset(name, 8, seed=2)
+    rows, held_out = models.dataset(name, samples), models.dataset(name, 8, seed=2)
     trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=held_out)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     predictions = trainer.predict(held_out)
     logits = logits_of(predictions.predictions)
-    reloaded = None
+    reloaded, skipped = None, getattr(trainer.model_wrapped, "skipped_steps", 0)
     if save:
         saved = os.path.join(folder, f"{name}-{stage}-{lora}")
         trainer.save_model(saved)
@@ -126,7 +128,7 @@ def train(name, folder, stage=None, lora=False, save=True, dtype=None, prepare=N
             shutil.rmtree(saved)
     torch.manual_seed(0)
     return Outcome([entry["loss"] for entry in history], [float(entry["grad_norm"]) for entry in history],
-                   predictions.metrics["test_loss"], logits, reloaded)
+                   predictions.metrics["test_loss"], logits, reloaded, skipped)
 
 
 def worst(found, wanted):
