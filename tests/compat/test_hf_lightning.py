@@ -8,6 +8,7 @@ import importlib.util
 import os
 import tempfile
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,6 +51,16 @@ class CpuInPlaceOfCuda(CUDAAccelerator):
         return True
 
 
+class Layer(nn.Linear):
+    """Starts from the same weights, which bf16 can hold, whatever dtype it is made in: zero.Init in bf16 draws other random numbers."""
+
+    def reset_parameters(self):
+        draw = numpy.random.RandomState(self.in_features).uniform
+        with torch.no_grad():
+            for parameter in (self.weight, self.bias):
+                parameter.copy_(torch.from_numpy(draw(-1, 1, tuple(parameter.shape)) / self.in_features**0.5).bfloat16())
+
+
 class Model(lightning.LightningModule):
     def __init__(self):
         super().__init__()
@@ -57,8 +68,7 @@ class Model(lightning.LightningModule):
 
     def configure_model(self):   # at stage 3 under zero.Init
         if self.net is None:
-            torch.manual_seed(7)
-            self.net = nn.Sequential(nn.Linear(9, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 5))
+            self.net = nn.Sequential(Layer(9, 33), nn.Tanh(), Layer(33, 33), nn.Tanh(), Layer(33, 5))
 
     def _loss(self, batch):
         return nn.functional.cross_entropy(self.net(batch[0].to(self.net[0].weight.dtype)).float(), batch[1])
@@ -115,6 +125,15 @@ def test_losses(settings):
     plain = fit(None, **settings)[2]
     for stage in (1, 2, 3):
         assert close(fit(stage, **settings)[2], plain), stage
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
+def test_losses_in_bf16():
+    """bf16 weights and fp32 masters here, fp32 weights and autocast there: the same arithmetic for this model."""
+    plain = fit(None, precision="bf16-mixed", gradient_clip_val=0.5)[2]
+    assert not close(plain, fit(None, gradient_clip_val=0.5)[2])
+    for stage in (1, 2, 3):
+        assert close(fit(stage, precision="bf16-mixed", gradient_clip_val=0.5)[2], plain), stage
 
 
 @on_ranks(2, timeout=TIMEOUT_S)

@@ -15,6 +15,8 @@ for _package in ("transformers", "accelerate", "trl", "datasets", "peft"):
 
 from tests.compat.hf import matrix, models, training  # noqa: E402
 
+BF16_BAR = 2**-8
+
 _COMMON = dict(use_cpu=True, report_to=[], per_device_train_batch_size=2, max_steps=4, logging_steps=1, save_strategy="no", disable_tqdm=True,
                seed=3, bf16=False, learning_rate=1e-3, log_level="error", gradient_checkpointing=False)
 
@@ -130,15 +132,47 @@ def test_losses_norms_and_completions(name, folder):
         assert _worst(history(name, stage, folder, start), plain) <= matrix.LOSS_BAR, stage
 
 
+class _Completions:
+    """Context. The first time through, keeps what a trainer samples; from then on its trainers get that in place of samples of their own."""
+
+    def __init__(self, name):
+        import trl
+        self._kind = getattr(trl, CASES[name].trainer + "Trainer")
+        self._kept, self._replays = [], False
+
+    def __enter__(self):
+        self._number, self._generate = 0, getattr(self._kind, "_generate_single_turn", None)
+        if self._generate is not None:
+            self._kind._generate_single_turn = lambda trainer, *args, **settings: self._turn(trainer, *args, **settings)
+
+    def _turn(self, trainer, *args, **settings):
+        self._number += 1
+        if not self._replays:
+            self._kept.append(self._generate(trainer, *args, **settings))
+        return self._kept[self._number - 1]
+
+    def __exit__(self, *_):
+        if self._generate is not None:
+            self._kind._generate_single_turn = self._generate
+            assert self._number == len(self._kept) > 0
+        self._replays = True
+
+
 @on_ranks(2, timeout=170)
-@pytest.mark.parametrize("name", ["DPO, reference beforehand"])
+@pytest.mark.parametrize("name", ["DPO, reference beforehand", "GRPO", "GRPO, two updates a generation", "RLOO"])
 def test_bf16(name, folder):
-    """Plain TRL keeps fp32 weights under autocast; here weights and reference are bf16."""
-    start = training.starting_point("llama", folder)
-    plain = history(name, None, folder, start, bf16=True)
+    """Plain TRL keeps fp32 weights under autocast; here weights and reference are bf16.
+
+    It also generates from the fp32 weights. Of 26 tokens sampled from bf16 logits by the same random numbers one is another, and with it
+    the completions and their rewards: all runs train on the completions of the first.
+    """
+    start, completions = training.starting_point("llama", folder), _Completions(name)
+    with completions:
+        plain = history(name, None, folder, start, bf16=True)
     for stage in (2, 3):   # what is averaged, advantages and log-probabilities, has the size of 1 and is rounded by 2**-9 a few times
-        found = history(name, stage, folder, start, bf16=True)
-        assert max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, plain, strict=True)) <= 4 * 2**-8, stage
+        with completions:
+            found = history(name, stage, folder, start, bf16=True)
+        assert max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, plain, strict=True)) <= BF16_BAR, stage
 
 
 def _with_score(start, path):
