@@ -6,14 +6,14 @@ namespace ds::config {
 
 std::vector<Key> storage_keys() {
   return {
-      object("activation_checkpointing", "Settings of deepspeed.checkpointing.configure(); the engine applies none of them",
-             {boolean("partition_activations", false, "Split saved inputs over model-parallel ranks").accepted(),
-              boolean("cpu_checkpointing", false, "Saved inputs rest on the host").accepted(),
-              boolean("contiguous_memory_optimization", false, "One buffer; needs the key above and number_checkpoints")
-                  .accepted(),
-              integer("number_checkpoints", nullptr, "How many checkpoints there are").at_least(1).accepted(),
-              boolean("synchronize_checkpoint_boundary", false, "Wait for the device at each").accepted(),
-              boolean("profile", false, "Time each").accepted()}),
+      object("activation_checkpointing", "What deepspeed.checkpointing.configure(mpu, config) reads; docs/activation_checkpointing.md",
+             {boolean("partition_activations", false, "Each model-parallel rank keeps its part of the saved inputs; gathered in backward"),
+              boolean("cpu_checkpointing", false, "Saved inputs rest in pinned host memory; without effect where the host is the device"),
+              boolean("contiguous_memory_optimization", false, "They rest in buffers made once; needs partition_activations and "
+                                                               "number_checkpoints"),
+              integer("number_checkpoints", nullptr, "Checkpointed calls in a pass, which those buffers are made for").at_least(1),
+              boolean("synchronize_checkpoint_boundary", false, "Wait for the device at the ends of each checkpointed call"),
+              boolean("profile", false, "Log the time of each")}),
       object("aio", "Asynchronous file access",
              {integer("block_size", 1048576, "Bytes in a request").at_least(512).accepted(),
               integer("queue_depth", 8, "Requests in flight").at_least(1).accepted(),

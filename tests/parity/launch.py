@@ -100,6 +100,9 @@ def _fresh_state():
     import numpy
     import torch
 
+    checkpointing = sys.modules.get("deepspeed.checkpointing.configuration")
+    if checkpointing is not None:
+        checkpointing.state().accept(checkpointing.Options(), configured=False)
     gc.collect()
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)

@@ -16,7 +16,7 @@ BOTH = [checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint]
 @pytest.fixture(autouse=True)
 def as_at_start():
     yield
-    configuration._State.options, configuration._State.configured = configuration.Options(), False
+    configuration.state().accept(configuration.Options(), configured=False)
     checkpointing.get_cuda_rng_tracker().reset()
 
 
@@ -130,20 +130,36 @@ def test_synchronize_and_profile_say_what_took_how_long(monkeypatch):
     assert [line.split(": ")[1].split(" took")[0] for line in said] == ["forward", "recomputation"]
 
 
-def test_what_is_not_built_is_refused():
+def test_options_that_are_of_no_use_are_refused_and_change_nothing():
     two_ranks = types.SimpleNamespace(get_model_parallel_world_size=lambda: 2)
-    with pytest.raises(NotImplementedError, match="partition_activations over model parallel ranks is not built yet"):
-        checkpointing.configure(two_ranks, partition_activations=True)
-    with pytest.raises(NotImplementedError, match="cpu_checkpointing"):
-        checkpointing.configure(None, checkpoint_in_cpu=True)
-    assert not checkpointing.is_configured()
-    with pytest.raises(ValueError, match="needs partition_activations"):
-        checkpointing.configure(None, contiguous_checkpointing=True)
-    with pytest.raises(ValueError, match="needs num_checkpoints"):
-        checkpointing.configure(None, contiguous_checkpointing=True, partition_activations=True)
+    for error, message, options in (
+            (ValueError, "2 ranks but no group: it needs get_tensor_model_parallel_group", dict(mpu_=two_ranks, partition_activations=True)),
+            (ValueError, "says it has 0 ranks", dict(mpu_=types.SimpleNamespace(get_model_parallel_world_size=lambda: 0),
+                                                     partition_activations=True)),
+            (ValueError, "needs partition_activations", dict(contiguous_checkpointing=True)),
+            (ValueError, "needs num_checkpoints", dict(contiguous_checkpointing=True, partition_activations=True)),
+            (TypeError, "partition_activations: expected True or False, got 'yes'", dict(partition_activations="yes")),
+            (TypeError, "expected an integer, got 2.5", dict(num_checkpoints=2.5)),
+            (TypeError, "expected an integer, got True", dict(num_checkpoints=True)),
+            (ValueError, "must be at least 1, got 0", dict(num_checkpoints=0)),
+            (ValueError, "activation_checkpointing.number_checkpoints", dict(deepspeed_config={
+                "activation_checkpointing": {"number_checkpoints": 0}})),
+            (ValueError, "nearest known key: activation_checkpointing.partition_activations", dict(deepspeed_config={"activation_checkpointing": {"partition_activation": True}}))):
+        with pytest.raises(error, match=message):
+            checkpointing.configure(**{"mpu_": None, **options})
+    assert not checkpointing.is_configured() and configuration.options() == configuration.Options()
+    with pytest.raises(ValueError, match="must be at least 1"):
+        checkpointing.set_num_layers(0)
     checkpointing.configure(None, partition_activations=True)  # nothing to partition on one rank
     checkpointing.partition_activations_in_checkpoint(False)
     assert not configuration.options().partition_activations
+
+
+def test_the_model_parallel_unit_stays_until_another_is_given():
+    unit = types.SimpleNamespace(get_model_parallel_rank=lambda: 1)
+    checkpointing.configure(unit)
+    checkpointing.configure(None, profile=True)
+    assert configuration.options().mpu is unit
 
 
 def test_tracker():
