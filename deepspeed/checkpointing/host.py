@@ -85,11 +85,13 @@ class HostCopies:
 class Line:
     """The checkpoints in the order of forward, and the stream of their copies."""
 
-    def __init__(self):
+    def __init__(self, own_stream=True):
         self.newest = None
-        self._stream = None
+        self._own, self._stream = own_stream, None
 
     def stream(self):
+        if not self._own:
+            return get_accelerator().current_stream()
         if self._stream is None:
             self._stream = get_accelerator().Stream()
         return self._stream

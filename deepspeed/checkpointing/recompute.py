@@ -146,13 +146,19 @@ def checkpoint(function, *args, **kwargs):
     At least one tensor among the arguments must require a gradient, or nothing inside gets one. Works with backward() only.
     Returns what the function returns, a tuple or list of one as that one.
     """
+    if torch.compiler.is_compiling():
+        return _while_compiling(_reentrant, function, args, kwargs)
+    return _reentrant(function, args, kwargs)
+
+
+def _reentrant(function, args, kwargs):
     call = _Call(function, args, kwargs)
     if not torch.is_grad_enabled():
         with _boundary("forward"):
             return _single_or_tuple(function(*args, **kwargs))
     if not any(_is_tensor(leaf) and leaf.requires_grad for leaf in call.leaves):
         warnings.warn("deepspeed.checkpointing.checkpoint: no argument requires a gradient, so nothing inside will get one; "
-                      "non_reentrant_checkpoint does not need that", stacklevel=2)
+                      "non_reentrant_checkpoint does not need that", stacklevel=3)
     leaves, call.leaves = call.leaves, None
     everything = []
     tensors = CheckpointFunction.apply(call, everything, *leaves)
@@ -178,6 +184,12 @@ class _SecondRun:
 
 def non_reentrant_checkpoint(function, *args, **kwargs):
     """The same by saved-tensor hooks: works with inputs that need no gradient and with torch.autograd.grad."""
+    if torch.compiler.is_compiling():
+        return _while_compiling(_non_reentrant, function, args, kwargs)
+    return _non_reentrant(function, args, kwargs)
+
+
+def _non_reentrant(function, args, kwargs):
     call = _Call(function, args, kwargs)
     if not torch.is_grad_enabled():
         with _boundary("forward"):
@@ -194,3 +206,16 @@ def non_reentrant_checkpoint(function, *args, **kwargs):
         flat = torch.utils.checkpoint.checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False,
                                                  context_fn=lambda: (_boundary("forward"), _SecondRun(surroundings)))
     return call.outputs(flat)
+
+
+@torch._disable_dynamo
+def _outside_the_graph(kind, function, args, kwargs):
+    return kind(function, args, kwargs)
+
+
+def _while_compiling(kind, function, args, kwargs):
+    """torch compiles its own checkpoint, in which nothing moves; where inputs do move, the graph ends."""
+    chosen = options()
+    if chosen.partition_activations or chosen.checkpoint_in_cpu:
+        return _outside_the_graph(kind, function, args, kwargs)
+    return _single_or_tuple(torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs))

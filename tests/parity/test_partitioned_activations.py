@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saved inputs split over model parallel ranks: the bits of a run without checkpointing, and the bytes of a part."""
 import types
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from deepspeed import checkpointing
 from deepspeed.checkpointing import configuration
 from deepspeed.device.host_memory import trim_heap
 from tests.parity.launch import on_ranks, run
+from tests.parity.reference_loop import Reference
+from tests.parity.test_checkpointing import case_of
+from tests.parity.training import assert_same_bits, config, engine_loop, full_parameters, start
 
 WIDTH = 7
 
@@ -289,3 +293,55 @@ def test_without_gradients_nothing_is_sent():
         with pytest.warns(UserWarning, match="no argument requires a gradient"):
             assert not reentrant(torch.tanh, torch.ones(5)).requires_grad
     dist.barrier()
+
+
+class SameOnAllModelParallelRanks(NamedTuple):
+    """Inputs of a case by the data-parallel rank, as ranks of one model see them."""
+    inputs: object
+    model_ranks: int
+
+    def __call__(self, generator, step, micro, rank):
+        generator = torch.Generator().manual_seed((step * 97 + micro) * 97 + rank // self.model_ranks)
+        return self.inputs(generator, step, micro, rank)
+
+
+def two_by_two():
+    """Ranks (0, 1) and (2, 3) share a model, (0, 2) and (1, 3) the data."""
+    rank = dist.get_rank()
+    model = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    data = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    return types.SimpleNamespace(
+        get_model_parallel_world_size=lambda: 2, get_model_parallel_rank=lambda: rank % 2, get_model_parallel_group=lambda: model,
+        get_data_parallel_world_size=lambda: 2, get_data_parallel_rank=lambda: rank // 2, get_data_parallel_group=lambda: data)
+
+
+def under_engines(stages, ways):
+    """Gathering of parameters and of saved inputs in the same backward."""
+    mpu = two_by_two() if dist.get_world_size() == 4 else None
+    options = {"options_of_engine": {"mpu": mpu}} if mpu else {}
+    for mix in ((False, "none", True), (True, "first", False)):
+        def case(way):
+            made = case_of(way, *mix)
+            return made._replace(inputs=SameOnAllModelParallelRanks(made.inputs, 2))
+        configure(mpu=mpu, partition_activations=False)
+        plain = train_with_engine(case("plainly"), 0, 3, **options)
+        for stage in stages:
+            for way in ways:
+                configure(mpu=mpu, partition_activations=True, contiguous_checkpointing=stage == 3, num_checkpoints=6)
+                assert_same_bits(train_with_engine(case(way), stage, 3, **options), plain, f"stage {stage}, {way}, {mix}")
+
+
+def train_with_engine(case, stage, steps, options_of_engine=None):
+    engine = start(case.build(), config(stage, 2), **(options_of_engine or {}))
+    losses, norms = engine_loop(engine, case, steps, 2)
+    parameters = full_parameters(engine.module)
+    engine.destroy()
+    return Reference(losses, parameters, norms)
+
+
+def test_engines_of_every_stage():
+    run(under_engines, 2, (1, 2, 3), ("own", "own_non_reentrant"))
+
+
+def test_two_models_of_two_ranks():
+    run(under_engines, 4, (3,), ("own",), timeout=120)

@@ -3,5 +3,5 @@
 from deepspeed._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    **{name: f"deepspeed.runtime.activation_checkpointing.{name}" for name in ("checkpointing",)},
+    **{name: f"deepspeed.runtime.activation_checkpointing.{name}" for name in ("checkpointing", "offload_activations")},
 })

@@ -206,3 +206,77 @@ def test_old_import_path_is_the_same_module():
 
     assert old is checkpointing is deepspeed.checkpointing
     assert issubclass(checkpointing.CheckpointFunction, torch.autograd.Function)
+
+
+@pytest.mark.parametrize("checkpoint", BOTH)
+@pytest.mark.parametrize("partition", [False, True])
+def test_under_torch_compile(checkpoint, partition):
+    """One graph; where inputs are to move, pieces."""
+    checkpointing.configure(None, partition_activations=partition)
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def run(x):
+        for layer in layers:
+            x = checkpoint(layer, x)
+        return x.square().sum()
+
+    x = torch.arange(16.0).view(2, 8).requires_grad_()
+    want = torch.autograd.grad(layers[1](layers[0](x)).square().sum(), layers.parameters())
+    torch._dynamo.reset()
+    torch.compile(run, backend="aot_eager", fullgraph=not partition)(x).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(want, layers.parameters()))
+
+
+def test_containers_with_gradients_are_taken_apart_and_others_are_handed_on():
+    seen = []
+
+    def function(x, pairs, untouched):
+        seen.append(untouched)
+        return {"sum": x * pairs["a"][0] + pairs["a"][1], "pair": (x, None)}
+
+    for checkpoint in BOTH:
+        a, b, x = (torch.full((3,), value, requires_grad=True) for value in (2.0, 3.0, 5.0))
+        untouched = [torch.ones(1)]
+        seen.clear()
+        out = checkpoint(function, x, {"a": (a, b)}, untouched)
+        (out["sum"] + out["pair"][0]).sum().backward()
+        assert out["pair"][1] is None and all(value is untouched for value in seen)
+        assert a.grad.tolist() == [5.0] * 3 and b.grad.tolist() == [1.0] * 3 and x.grad.tolist() == [3.0] * 3
+        single, several = checkpoint(lambda t: (t * 2,), x), checkpoint(lambda t: [t, 3, t.detach() > 0], x)
+        assert torch.is_tensor(single) and type(several) is tuple and several[1] == 3 and several[2].dtype is torch.bool
+
+
+def test_the_function_class_fills_the_list_of_outputs():
+    x, outputs = torch.ones(3, requires_grad=True), []
+    got = checkpointing.CheckpointFunction.apply(lambda t, n: (t * n, "word"), outputs, x, 4)
+    got.sum().backward()
+    assert outputs[0] is got and outputs[1] == "word" and x.grad.tolist() == [4.0] * 3
+
+
+def test_autocast_is_as_in_the_first_run():
+    seen = []
+
+    def function(x, weight):
+        seen.append((x @ weight).dtype)
+        return x @ weight
+
+    for checkpoint in BOTH:
+        x = torch.ones(2, 2, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = checkpoint(function, x, torch.ones(2, 2))
+        y.sum().backward()
+    assert seen == [torch.bfloat16] * 4
+
+
+def test_gradients_keep_their_strides():
+    """As without checkpointing, or what sums over them would add in another order; a leaf's .grad would have the leaf's."""
+    for checkpoint in BOTH:
+        strides, x = [], torch.ones(3, 4, requires_grad=True)
+        y = x * 1
+        y.register_hook(lambda gradient: strides.append(gradient.stride()))
+        checkpoint(lambda t: t.mT.contiguous() * 2, y).sum().backward()
+        want = []
+        y = x * 1
+        y.register_hook(lambda gradient: want.append(gradient.stride()))
+        (y.mT.contiguous() * 2).sum().backward()
+        assert strides == want

@@ -4,8 +4,9 @@ import contextlib
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
-from deepspeed.checkpointing import configuration, host, resting
+from deepspeed.checkpointing import checkpoint, configuration, host, non_reentrant_checkpoint, offload_activations, resting
 from deepspeed.checkpointing.host import HostCopies, Line
 
 
@@ -134,3 +135,66 @@ def test_the_host_is_where_a_cpu_keeps_them(monkeypatch):
         assert inputs.tensors[0] is x and len(inputs.tensors) == 1
     finally:
         configuration.state().accept(configuration.Options(), configured=False)
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(400, 400)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+def torch_reentrant(block, x):
+    return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+
+
+def torch_non_reentrant(block, x):
+    return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("way", [torch_reentrant, torch_non_reentrant, checkpoint, non_reentrant_checkpoint])
+@pytest.mark.parametrize("keep, stash", [(0, 0), (1, 2), (9, 0)])
+def test_inputs_of_checkpointed_layers_go_to_the_host(device, monkeypatch, way, keep, stash):
+    blocks = [Block() for _ in range(5)]
+
+    def train():
+        for block in blocks:
+            block.zero_grad()
+        x = torch.full((2, 400), 0.1, requires_grad=True)
+        y = x * 1.0
+        for block in blocks:
+            y = way(block, y)
+        torch.exp(y).sum().backward()
+        return [x.grad, *(p.grad for block in blocks for p in block.parameters())]
+
+    want = train()
+    monkeypatch.setattr(offload_activations, "_on_the_device", lambda tensor: True)
+    for pass_ in range(2):
+        device.copies.clear()
+        with offload_activations.get_checkpoint_hidden_states_offloading_ctx_manager(
+                use_pin_memory=False, max_fwd_stash_count=stash, keep_last_count=keep):
+            got = train()
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+        down = max(0, 5 - keep)  # nothing but the inputs of the five blocks; the last on their way down need not come up
+        assert len(device.copies) == down + max(0, down - stash)
+
+
+def test_an_input_that_changes_on_its_way_is_an_error(device, monkeypatch):
+    monkeypatch.setattr(offload_activations, "_on_the_device", lambda tensor: True)
+    x = torch.full((2, 400), 0.1, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match="changed in place while it was copied to the host"):
+        with offload_activations.get_checkpoint_hidden_states_offloading_ctx_manager(use_pin_memory=False, keep_last_count=0):
+            torch_non_reentrant(Block(), x)
+            x.add_(1)
+
+
+def test_on_a_cpu_nothing_moves():
+    x = torch.full((2, 400), 0.1, requires_grad=True) * 1
+    with offload_activations.get_checkpoint_hidden_states_offloading_ctx_manager() as context:
+        torch_non_reentrant(Block(), x)
+    assert context._line.newest is None
+    for bad in (dict(keep_last_count=-1), dict(min_offload_bytes="1K"), dict(max_fwd_stash_count=True)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            offload_activations.get_checkpoint_hidden_states_offloading_ctx_manager(**bad)
