@@ -12,6 +12,7 @@
 #include "zero/autograd_hooks.h"
 #include "zero/file_rest.h"
 #include "zero/grad_reducer.h"
+#include "zero/host_rest.h"
 #include "zero/param_store.h"
 #include "zero/unit_scheduler.h"
 
@@ -127,13 +128,14 @@ void bind_store(py::module_& m) {
       .def(py::init([](std::shared_ptr<comm::Transport> world, std::shared_ptr<comm::Transport> shard,
                        std::shared_ptr<comm::Transport> reduce, std::shared_ptr<comm::Transport> replicate,
                        const std::string& device, bool shard_params, bool full_master, int64_t align_numel,
-                       std::shared_ptr<zero::FileRest> rest, const std::string& folder, int64_t most_in_memory) {
-             return std::make_shared<PyStore>(zero::Groups{world, shard, reduce, replicate}, at::Device(device),
-                                              zero::StoreOptions{shard_params, full_master, align_numel, rest, folder, most_in_memory});
+                       std::shared_ptr<optim::SliceRest> rest, double rest_share, std::shared_ptr<optim::SliceRest> parameter_rest,
+                       const std::string& folder, int64_t most_in_memory) {
+             zero::StoreOptions options{shard_params, full_master, align_numel, rest, rest_share, parameter_rest, folder, most_in_memory};
+             return std::make_shared<PyStore>(zero::Groups{world, shard, reduce, replicate}, at::Device(device), std::move(options));
            }),
            py::arg("world"), py::arg("shard"), py::arg("reduce"), py::arg("replicate"), py::arg("device"), py::arg("shard_params"),
-           py::arg("full_master"), py::arg("align_numel") = 64, py::arg("rest") = nullptr, py::arg("folder") = "",
-           py::arg("most_in_memory") = 0)
+           py::arg("full_master"), py::arg("align_numel") = 64, py::arg("rest") = nullptr, py::arg("rest_share") = 1.0,
+           py::arg("parameter_rest") = nullptr, py::arg("folder") = "", py::arg("most_in_memory") = 0)
       .def("add_unit", &add_unit, py::arg("name"), py::arg("params"), py::arg("names"), py::arg("trainable"), py::arg("dtypes"),
            py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"), py::arg("vacant") = false)
       .def("gather", [](PyStore& s, int unit, const std::string& phase, bool prefetch) { s.gather(unit, comm::intern(phase), prefetch); },
@@ -193,6 +195,8 @@ void bind_store(py::module_& m) {
       .def("make_master", &PyStore::make_master, Release())
       .def("leave_files", &PyStore::leave_files)
       .def("in_file", &PyStore::in_file)
+      .def("shard_apart", &PyStore::shard_apart)
+      .def("state_rests", [](PyStore& s, int f) { return s.flats().at(f).state_rests; })
       .def("set_master", [](PyStore& s, int f, at::Tensor t) { s.flats().at(f).master = std::move(t); })
       .def("clear_master", [](PyStore& s, int f) { s.flats().at(f).master = at::Tensor(); })
       .def("set_step", &PyStore::set_step)
@@ -224,7 +228,7 @@ void bind_reducer(py::module_& m) {
   using zero::GradReducer;
   py::class_<GradReducer, std::shared_ptr<GradReducer>>(m, "GradReducer", "Gradients to fp32 slices; see csrc/zero/grad_reducer.h.")
       .def(py::init([](PyStore& store, const py::object& comm_dtype, double pre_scale, bool replicate_grads,
-                       std::shared_ptr<zero::FileRest> rest) {
+                       std::shared_ptr<optim::SliceRest> rest) {
              zero::ReducerOptions options;
              options.rest = std::move(rest);
              if (!comm_dtype.is_none()) options.comm_dtype = scalar_type(comm_dtype);
@@ -296,21 +300,29 @@ void bind_hooks(py::module_& m) {
 }
 
 void bind_rest(py::module_& m) {
+  using optim::SliceRest;
   using zero::FileRest;
-  py::class_<FileRest, std::shared_ptr<FileRest>>(m, "FileRest", "Optimizer state in a file; see csrc/zero/file_rest.h.")
-      .def(py::init([](const std::string& folder, int buffers, int64_t tile_bytes, int64_t block_bytes, int queue_depth, int threads) {
+  using zero::HostRest;
+  py::class_<SliceRest, std::shared_ptr<SliceRest>>(m, "SliceRest", "Where slices rest between steps; see csrc/optim/slice_rest.h.")
+      .def("zeros", [](SliceRest& r, int64_t numel, const py::object& dtype) { return r.zeros(numel, scalar_type(dtype)); })
+      .def("holds", &SliceRest::holds)
+      .def("leave", &SliceRest::leave)
+      .def("leave_all", &SliceRest::leave_all)
+      .def_property_readonly("apart", &SliceRest::apart);
+  py::class_<HostRest, SliceRest, std::shared_ptr<HostRest>>(m, "HostRest", "Optimizer state on the host; see csrc/zero/host_rest.h.")
+      .def(py::init<bool, int64_t>(), py::arg("pinned"), py::arg("tile_bytes"))
+      .def_property_readonly("bytes", &HostRest::bytes);
+  py::class_<FileRest, SliceRest, std::shared_ptr<FileRest>>(m, "FileRest", "Optimizer state in a file; see csrc/zero/file_rest.h.")
+      .def(py::init([](const std::string& folder, int buffers, int64_t tile_bytes, int64_t block_bytes, int queue_depth, int threads,
+                       bool apart, bool pinned) {
              io::EngineOptions options;
              options.chunk_bytes = block_bytes;
              options.queue_depth = queue_depth;
              options.threads = threads;
-             return std::make_shared<FileRest>(offload::TierFile::create(folder, options), offload::StreamOptions{tile_bytes, buffers});
+             return std::make_shared<FileRest>(offload::TierFile::create(folder, options), offload::StreamOptions{tile_bytes, buffers}, apart, pinned);
            }),
            py::arg("folder"), py::arg("buffers"), py::arg("tile_bytes"), py::arg("block_bytes"), py::arg("queue_depth"), py::arg("threads"),
-           Release())
-      .def("zeros", [](FileRest& r, int64_t numel, const py::object& dtype) { return r.zeros(numel, scalar_type(dtype)); })
-      .def("holds", &FileRest::holds)
-      .def("leave", &FileRest::leave)
-      .def("leave_all", &FileRest::leave_all)
+           py::arg("apart") = false, py::arg("pinned") = false, Release())
       .def_property_readonly("folder", [](const FileRest& r) { return r.file().folder(); })
       .def_property_readonly("bytes", [](const FileRest& r) { return r.file().bytes(); })
       .def_property_readonly("buffer_bytes", &FileRest::buffer_bytes)
@@ -340,7 +352,7 @@ void bind_optimizer(py::module_& m) {
       .def_readwrite("step", &Hyper::step);
   py::class_<SliceOptimizer, std::shared_ptr<SliceOptimizer>>(m, "SliceOptimizer", "Optimizer state over owned slices and its fused step.")
       .def(py::init([](const std::string& kind, int64_t params, std::shared_ptr<comm::Transport> transport,
-                       std::shared_ptr<zero::FileRest> rest) {
+                       std::shared_ptr<optim::SliceRest> rest) {
              auto reduce = [transport](double* norms, int64_t count) {
                if (!transport) return;
                constexpr int64_t kBatch = 4096;
@@ -354,12 +366,13 @@ void bind_optimizer(py::module_& m) {
            py::arg("kind"), py::arg("params"), py::arg("transport"), py::arg("rest") = nullptr)
       .def("add_slice",
            [](SliceOptimizer& o, at::Tensor master, std::optional<at::Tensor> low,
-              const std::vector<std::tuple<int64_t, int64_t, int, int64_t>>& segments, bool weights_in_file) {
+              const std::vector<std::tuple<int64_t, int64_t, int, int64_t>>& segments, bool rests, bool weights_in_file, bool weights_apart) {
              std::vector<Segment> list;
              for (const auto& [begin, numel, group, param] : segments) list.push_back({begin, numel, group, param});
-             return o.add_slice(std::move(master), low.value_or(at::Tensor()), std::move(list), weights_in_file);
+             return o.add_slice(std::move(master), low.value_or(at::Tensor()), std::move(list), {rests, weights_in_file, weights_apart});
            },
-           py::arg("master"), py::arg("low"), py::arg("segments"), py::arg("weights_in_file") = false)
+           py::arg("master"), py::arg("low"), py::arg("segments"), py::arg("rests") = false, py::arg("weights_in_file") = false,
+           py::arg("weights_apart") = false)
       .def("ensure_states", &SliceOptimizer::ensure_states, Release())
       .def_property_readonly("is_torn", &SliceOptimizer::is_torn)
       .def("set_whole", &SliceOptimizer::set_whole)

@@ -50,7 +50,20 @@ class HostBuffer : public SymmetricBuffer {
   const bool in_file_;
 };
 
+class BorrowedBuffer : public SymmetricBuffer {
+ public:
+  BorrowedBuffer(void* data, size_t bytes, Device device, int device_index, std::shared_ptr<void> owner)
+      : SymmetricBuffer(data, bytes, device, device_index), owner_(std::move(owner)) {}
+
+ private:
+  const std::shared_ptr<void> owner_;
+};
+
 }  // namespace
+
+std::shared_ptr<SymmetricBuffer> borrow(void* data, size_t bytes, Device device, int device_index, std::shared_ptr<void> owner) {
+  return std::make_shared<BorrowedBuffer>(data, bytes, device, device_index, std::move(owner));
+}
 
 std::shared_ptr<SymmetricBuffer> HostMemory::allocate(size_t bytes, const std::string& folder) { return HostBuffer::make(bytes, folder); }
 

@@ -24,4 +24,7 @@ class HostMemory : public Memory {
   void copy(void* dst, const void* src, size_t bytes) override;
 };
 
+// Memory of the caller's as a buffer that c10d's carriers and the local one can gather from; those that share memory cannot. `owner` keeps it.
+std::shared_ptr<SymmetricBuffer> borrow(void* data, size_t bytes, Device device, int device_index, std::shared_ptr<void> owner);
+
 }  // namespace ds::comm

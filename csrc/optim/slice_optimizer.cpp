@@ -78,7 +78,7 @@ std::vector<std::string> SliceOptimizer::state_names() const {
   DS_FAIL("not an optimizer kind");
 }
 
-int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments, bool weights_in_file) {
+int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments, SliceHome home) {
   DS_CHECK(master.scalar_type() == at::kFloat && master.dim() == 1, "a master slice must be one-dimensional float32");
   for (const Segment& s : segments) {
     DS_CHECK(s.begin >= 0 && s.begin + s.numel <= master.numel(),
@@ -90,7 +90,8 @@ int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Seg
   slice.low = std::move(low);
   slice.runs = merge_runs(segments, frozen_);
   slice.segments = std::move(segments);
-  slice.weights_in_file = weights_in_file;
+  DS_CHECK(!home.rests || rest_, "a slice is to rest where there is no rest");
+  slice.home = home;
   slices_.push_back(std::move(slice));
   return static_cast<int>(slices_.size()) - 1;
 }
@@ -100,7 +101,7 @@ void SliceOptimizer::ensure_states() {
     if (!slice.states.empty()) continue;
     std::vector<at::Tensor> states;
     for (size_t i = 0; i < state_names().size(); ++i) {
-      states.push_back(rest_ ? rest_->zeros(slice.master.numel(), at::kFloat)
+      states.push_back(slice.home.rests ? rest_->zeros(slice.master.numel(), at::kFloat)
                              : long_lived_zeros(slice.master.numel(), at::kFloat, slice.master.device()));
     }
     slice.states = std::move(states);
@@ -154,7 +155,7 @@ void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at
   std::vector<size_t> resting;
   for (size_t i = 0; i < slices_.size(); ++i) {
     const OwnedSlice& slice = slices_[i];
-    if (rest_ && (rest_->holds(slice.master) || std::any_of(slice.states.begin(), slice.states.end(), [&](const at::Tensor& t) { return rest_->holds(t); }))) {
+    if (slice.home.rests) {
       resting.push_back(i);
       continue;
     }
@@ -191,7 +192,7 @@ void SliceOptimizer::step_resting(const std::vector<size_t>& slices, const std::
     OwnedSlice view;
     view.master = has_master ? tile.front() : cut(slice.master);
     view.low = cut(slice.low);
-    view.weights_in_file = slice.weights_in_file;
+    view.home = slice.home;
     view.states.assign(tile.begin() + (has_master ? 1 : 0), tile.end());
     std::vector<Segment> runs;
     for (const Segment& run : slice.runs) {
@@ -199,16 +200,32 @@ void SliceOptimizer::step_resting(const std::vector<size_t>& slices, const std::
       if (part.numel > 0) runs.push_back(part);
     }
     const at::Tensor grad = cut(grads[i]);
-    step_runs(view, runs, groups, grad, grad_scale);
+    if (slice.home.weights_apart) {
+      step_staged(view, runs, groups, grad, grad_scale);
+    } else {
+      step_runs(view, runs, groups, grad, grad_scale);
+    }
     leave(view, grad);
   });
   torn_ = false;
 }
 
+// The weights are elsewhere: they are made in staging memory, and sent while the next tile is worked on.
+void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad,
+                                 float grad_scale) {
+  const at::Tensor remote = view.low;
+  if (!uploads_) uploads_ = std::make_unique<StagingRing>(remote.device(), rest_->pinned(), 2);
+  const int buffer = uploads_->take(static_cast<int64_t>(remote.nbytes()));
+  view.low = uploads_->memory(buffer).narrow(0, 0, static_cast<int64_t>(remote.nbytes())).view(remote.scalar_type());
+  step_runs(view, runs, groups, grad, grad_scale);
+  for (const Segment& run : runs) part(remote, run).copy_(part(view.low, run), /*non_blocking=*/true);
+  uploads_->mark(buffer);
+}
+
 // What the update touched of files that are mapped leaves memory.
 void SliceOptimizer::leave(const OwnedSlice& slice, const at::Tensor& grad) {
   const at::Tensor& weights = slice.low.defined() ? slice.low : slice.master;
-  if (slice.weights_in_file) platform::unmap_pages(weights.data_ptr(), weights.nbytes());
+  if (slice.home.weights_in_file) platform::unmap_pages(weights.data_ptr(), weights.nbytes());
   if (rest_ && rest_->holds(grad)) rest_->leave(grad);
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "optim/slice_rest.h"
+#include "optim/staging_ring.h"
 
 namespace ds::optim {
 
@@ -34,6 +35,13 @@ struct Segment {
   int64_t missed = 0;   // updates that passed it over: its own number of the update is so much smaller
 };
 
+// Where a slice and what belongs to it lie, apart from plain memory of one device.
+struct SliceHome {
+  bool rests = false;             // states are made by the SliceRest
+  bool weights_in_file = false;   // low, or else master, is a mapping of a file: unmapped again after each update
+  bool weights_apart = false;     // low is not on the master's device
+};
+
 // What one step works on: the fp32 master values (which may be the parameter's own memory), and where a low-precision
 // copy of the result goes (undefined: nowhere).
 struct OwnedSlice {
@@ -42,7 +50,7 @@ struct OwnedSlice {
   std::vector<Segment> segments;
   std::vector<at::Tensor> states;   // fp32, as long as master; meaning by kind, see state_names()
   std::vector<Segment> runs;        // neighbouring segments of one group, merged, padding between them included
-  bool weights_in_file = false;     // low, or else master, is a mapping of a file: unmapped again after each update
+  SliceHome home;
 };
 
 class SliceOptimizer {
@@ -53,7 +61,7 @@ class SliceOptimizer {
   // rest: where the states are made, and where masters may lie that it holds; null: memory. Not for kinds that look at whole parameters.
   SliceOptimizer(Kind kind, int64_t params, NormReducer reduce_norms, std::shared_ptr<SliceRest> rest = nullptr);
 
-  int add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments, bool weights_in_file = false);
+  int add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments, SliceHome home = {});
   // States exist after this, zero before the first update.
   void ensure_states();
   // One update of every slice from its fp32 gradient times grad_scale. Kinds with two passes overwrite the gradient.
@@ -79,6 +87,7 @@ class SliceOptimizer {
   void step_run(const OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale);
   void step_resting(const std::vector<size_t>& slices, const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
   void leave(const OwnedSlice& slice, const at::Tensor& grad);
+  void step_staged(OwnedSlice& view, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad, float grad_scale);
   void pass_over(const std::vector<int64_t>& frozen);
   void step_lamb(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
 
@@ -86,6 +95,7 @@ class SliceOptimizer {
   int64_t params_;
   NormReducer reduce_norms_;
   std::shared_ptr<SliceRest> rest_;
+  std::unique_ptr<StagingRing> uploads_;   // of updated weights, where these lie on another device
   bool torn_ = false;
   std::vector<int64_t> frozen_;   // of the last step, sorted
   std::vector<OwnedSlice> slices_;

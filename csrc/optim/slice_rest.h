@@ -24,6 +24,9 @@ class SliceRest {
   // Zero-filled, one-dimensional. It can be read and written as any other tensor; leave() ends that.
   virtual at::Tensor zeros(int64_t numel, at::ScalarType dtype) = 0;
   virtual bool holds(const at::Tensor& t) const = 0;
+  // It lies in the host's memory and the weights do not: what passes between them goes through a StagingRing, pinned or not.
+  virtual bool apart() const { return false; }
+  virtual bool pinned() const { return false; }
   // What was touched through such a tensor takes no memory of this process any more. Its values stay.
   virtual void leave(const at::Tensor& t) = 0;
   virtual void leave_all() = 0;

@@ -12,11 +12,14 @@ namespace ds::zero {
 
 class FileRest : public optim::SliceRest {
  public:
-  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options)
-      : file_(std::move(file)), options_(options), stream_(options) {}
+  // apart: the weights are on an accelerator.
+  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options, bool apart, bool pinned)
+      : file_(std::move(file)), options_(options), stream_(options), apart_(apart), pinned_(pinned) {}
 
   at::Tensor zeros(int64_t numel, at::ScalarType dtype) override;
-  bool holds(const at::Tensor& t) const override { return t.defined() && file_->offset_of(t.data_ptr()).has_value(); }
+  bool holds(const at::Tensor& t) const override { return t.defined() && t.device().is_cpu() && file_->offset_of(t.data_ptr()).has_value(); }
+  bool apart() const override { return apart_; }
+  bool pinned() const override { return pinned_; }
   void leave(const at::Tensor& t) override { file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes())); }
   void leave_all() override { file_->leave_all(); }
   void stream(const std::vector<Job>& jobs, const Work& work) override;
@@ -31,6 +34,7 @@ class FileRest : public optim::SliceRest {
   std::shared_ptr<offload::TierFile> file_;
   const offload::StreamOptions options_;
   offload::TileStream stream_;
+  const bool apart_, pinned_;
 };
 
 }  // namespace ds::zero

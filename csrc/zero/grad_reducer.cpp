@@ -82,11 +82,11 @@ void GradReducer::ensure_accumulators() {
       s.full = at::from_blob(static_cast<char*>(s.home->data()) + s.home_offset, {flat.layout.numel()}, options);
       s.slice = s.full.narrow(0, store_.rank() * flat.layout.shard_numel, flat.layout.shard_numel);
     } else {
-      s.slice = options_.rest ? options_.rest->zeros(flat.layout.shard_numel, at::kFloat)
+      s.slice = flat.state_rests ? options_.rest->zeros(flat.layout.shard_numel, at::kFloat)
                               : optim::long_lived_zeros(flat.layout.shard_numel, at::kFloat, store_.device());
       s.full = s.slice;
     }
-    s.stats = at::zeros({2}, options.dtype(at::kDouble));
+    s.stats = at::zeros({2}, options.dtype(at::kDouble).device(s.slice.device()));
   }
 }
 
@@ -266,8 +266,42 @@ bool GradReducer::issue(int f) {
 }
 
 void GradReducer::sink(int f, const void* const* srcs, int nsrc) {
+  if (options_.rest && options_.rest->apart() && store_.flats()[f].state_rests) {
+    send_down(f, srcs, nsrc);
+  } else {
+    add(f, srcs, nsrc, round_scale_);
+  }
+}
+
+// The contributions as they are, on the stream that the sink was called with; their sum is taken on the host.
+void GradReducer::send_down(int f, const void* const* srcs, int nsrc) {
+  constexpr int kBuffers = 4;
+  if (!downloads_) downloads_ = std::make_unique<optim::StagingRing>(store_.device(), options_.rest->pinned(), kBuffers);
+  if (static_cast<int>(descents_.size()) == kBuffers) add_oldest();
+  const int64_t bytes = flats_[f].slice.numel() * element_bytes(flats_[f].comm_dtype);
+  const int buffer = downloads_->take(bytes * nsrc);
+  const auto options = at::TensorOptions().dtype(at::kByte).device(store_.device());
+  for (int r = 0; r < nsrc; ++r) {
+    const at::Tensor source = at::from_blob(const_cast<void*>(srcs[r]), {bytes}, options);
+    downloads_->memory(buffer).narrow(0, r * bytes, bytes).copy_(source, /*non_blocking=*/true);
+  }
+  downloads_->mark(buffer);
+  descents_.push_back({f, buffer, nsrc, round_scale_});
+}
+
+void GradReducer::add_oldest() {
+  const Descent d = descents_.front();
+  descents_.pop_front();
+  downloads_->wait(d.buffer);
+  const int64_t bytes = flats_[d.flat].slice.numel() * element_bytes(flats_[d.flat].comm_dtype);
+  std::vector<const void*> srcs;
+  for (int r = 0; r < d.nsrc; ++r) srcs.push_back(static_cast<const char*>(downloads_->memory(d.buffer).data_ptr()) + r * bytes);
+  add(d.flat, srcs.data(), d.nsrc, d.scale);
+}
+
+void GradReducer::add(int f, const void* const* srcs, int nsrc, double scale) {
   FlatState& s = flats_[f];
-  optim::reduce_sum(s.slice, srcs, nsrc, optim::to_dtype(s.comm_dtype), static_cast<float>(round_scale_), s.has_grad, s.stats);
+  optim::reduce_sum(s.slice, srcs, nsrc, optim::to_dtype(s.comm_dtype), static_cast<float>(scale), s.has_grad, s.stats);
   s.has_grad = true;
   if (s.stats.is_cpu() && s.stats.data_ptr<double>()[1] > 0) note_bad(f, srcs, nsrc);
   leave(s);
@@ -275,7 +309,7 @@ void GradReducer::sink(int f, const void* const* srcs, int nsrc) {
 
 // An accumulator in a file takes memory only while it is worked on.
 void GradReducer::leave(FlatState& s) {
-  if (options_.rest) options_.rest->leave(s.slice);
+  if (options_.rest && options_.rest->holds(s.slice)) options_.rest->leave(s.slice);
 }
 
 // Rare: looks again at the contributions to say which parameter and whose.
@@ -285,13 +319,13 @@ void GradReducer::note_bad(int f, const void* const* srcs, int nsrc) {
   int64_t index = -1;
   int rank = -1;
   for (int r = 0; r < nsrc; ++r) {
-    const int64_t i = optim::first_nonfinite(srcs[r], optim::to_dtype(flats_[f].comm_dtype), n, store_.device());
+    const int64_t i = optim::first_nonfinite(srcs[r], optim::to_dtype(flats_[f].comm_dtype), n, flats_[f].slice.device());
     if (i >= 0 && (index < 0 || i < index)) {
       index = i;
       rank = nsrc > 1 ? r : (store_.world() == 1 ? 0 : -1);
     }
   }
-  if (index < 0) index = optim::first_nonfinite(flats_[f].slice.data_ptr(), DType::F32, n, store_.device());
+  if (index < 0) index = optim::first_nonfinite(flats_[f].slice.data_ptr(), DType::F32, n, flats_[f].slice.device());
   if (index < 0) return;
   index += n * store_.rank();
   for (size_t slot = 0; slot < flat.params.size(); ++slot) {
@@ -329,6 +363,7 @@ void GradReducer::finish_round() {
     if (flats_[f].work) flats_[f].work->wait();
     flats_[f].work.reset();
   }
+  while (!descents_.empty()) add_oldest();
   in_round_ = false;
 }
 
@@ -369,7 +404,7 @@ void GradReducer::add_replicas() {
     at::Tensor all = at::empty({replicas->size(), s.slice.numel()}, mine.options());
     const comm::Tag t = store_.tag("reduce_replicas", store_.flats()[f].unit, bytes);
     replicas->all_gather_host(mine.data_ptr(), static_cast<size_t>(bytes), all.data_ptr(), t);
-    all = all.to(store_.device());
+    all = all.to(s.slice.device());
     std::vector<const void*> srcs;
     for (int r = 0; r < replicas->size(); ++r) srcs.push_back(all[r].data_ptr());
     optim::reduce_sum(s.slice, srcs.data(), replicas->size(), DType::F32, 1.0f, false, s.stats);
@@ -386,9 +421,9 @@ std::vector<double> GradReducer::reduce_stats() {
     optim::sum_squares(s.slice, s.stats);
     leave(s);
   }
-  at::Tensor total = at::zeros({3}, at::TensorOptions().dtype(at::kDouble).device(store_.device()));
-  for (int f : order_) total.narrow(0, 0, 2).add_(flats_[f].stats);
-  at::Tensor host = total.cpu();
+  at::Tensor host = at::zeros({3}, at::kDouble), device = at::zeros({2}, host.options().device(store_.device()));
+  for (int f : order_) (flats_[f].stats.is_cpu() ? host.narrow(0, 0, 2) : device).add_(flats_[f].stats);
+  host.narrow(0, 0, 2).add_(device.cpu());
   std::vector<double> values(host.data_ptr<double>(), host.data_ptr<double>() + 3);
   values[2] = has_carry() ? 1.0 : 0.0;
   if (values[1] > 0 && bad_.param < 0) {

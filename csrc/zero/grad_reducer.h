@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "optim/slice_rest.h"
+#include "optim/staging_ring.h"
 #include "zero/bucket_arena.h"
 #include "zero/param_store.h"
 
@@ -127,6 +129,9 @@ class GradReducer {
   bool issue(int flat);
   void issue_ready();
   void sink(int flat, const void* const* srcs, int nsrc);
+  void add(int flat, const void* const* srcs, int nsrc, double scale);
+  void send_down(int flat, const void* const* srcs, int nsrc);
+  void add_oldest();
   void note_bad(int flat, const void* const* srcs, int nsrc);
   void finish_round();
   void leave(FlatState& s);
@@ -137,6 +142,15 @@ class GradReducer {
   std::vector<int> order_;            // flats in order of issue
   size_t next_ = 0;                   // first of order_ not yet issued in this round
   std::unique_ptr<BucketArena> arena_;
+  // Accumulators on the host, gradients on a device: contributions on their way down, oldest first. They are added when they have arrived.
+  struct Descent {
+    int flat;
+    int buffer;
+    int nsrc;
+    double scale;
+  };
+  std::deque<Descent> descents_;
+  std::unique_ptr<optim::StagingRing> downloads_;
   bool in_round_ = false;
   bool flushing_ = false;
   bool deferred_ = false;

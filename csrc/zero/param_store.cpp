@@ -10,9 +10,11 @@
 #include <cstring>
 #include <map>
 #include <sstream>
+#include <utility>
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "comm/memory.h"
 #include "optim/long_lived.h"
 #include "plan/reserve.h"
 #include "platform/memory.h"
@@ -41,7 +43,8 @@ at::Tensor slot_view(const at::Tensor& full, int64_t offset, const at::Tensor& l
 
 // The fp32 master takes over values somebody has written. Where they still are the rounded master, nobody has, and the master's
 // further digits stay.
-void follow(const at::Tensor& master, const at::Tensor& values) {
+void follow(const at::Tensor& master, const at::Tensor& written) {
+  const at::Tensor values = written.to(master.device());
   master.copy_(at::where(master.to(values.scalar_type()).eq(values), master, values.to(at::kFloat)));
 }
 
@@ -106,12 +109,21 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
   const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
   const int64_t full_bytes = flat.layout.numel() * es;
   const int64_t shard_bytes = flat.layout.shard_numel * es;
-  in_memory_numel_ += options_.shard_params ? flat.layout.shard_numel : flat.layout.numel();
-  const bool to_file = !options_.folder.empty() && in_memory_numel_ > options_.most_in_memory;
-  std::tie(flat.home, flat.home_offset_bytes) = allocate_home(options_.shard_params ? shard_bytes : full_bytes, to_file ? options_.folder : "");
-  char* home = static_cast<char*>(flat.home->data()) + flat.home_offset_bytes;
+  if (flat.trainable && options_.rest) {
+    trained_numel_ += flat.layout.shard_numel;
+    flat.state_rests = static_cast<double>(resting_numel_ + flat.layout.shard_numel) <= options_.rest_share * static_cast<double>(trained_numel_);
+    if (flat.state_rests) resting_numel_ += flat.layout.shard_numel;
+  }
+  char* home = nullptr;
+  if (!options_.parameter_rest) {
+    in_memory_numel_ += options_.shard_params ? flat.layout.shard_numel : flat.layout.numel();
+    const bool to_file = !options_.folder.empty() && in_memory_numel_ > options_.most_in_memory;
+    std::tie(flat.home, flat.home_offset_bytes) = allocate_home(options_.shard_params ? shard_bytes : full_bytes, to_file ? options_.folder : "");
+    home = static_cast<char*>(flat.home->data()) + flat.home_offset_bytes;
+  }
   if (options_.shard_params) {
-    flat.shard = view_bytes(flat.home, home, flat.layout.shard_numel, flat.dtype, device_);
+    flat.shard = home != nullptr ? view_bytes(flat.home, home, flat.layout.shard_numel, flat.dtype, device_)
+                                 : options_.parameter_rest->zeros(flat.layout.shard_numel, flat.dtype);
     flat.buffer = pool_.take(full_bytes);
     flat.full = view_bytes(flat.buffer, flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
   } else {
@@ -138,15 +150,15 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
   }
   adopt_params(flat);
   if (options_.shard_params && !vacant) flat.shard.copy_(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel));
-  flat.home->publish();
+  if (flat.home) flat.home->publish();
   leave_file(flat);
   units_[unit].flats.push_back(index);
   flats_.push_back(std::move(flat));
   return index;
 }
 
-at::Tensor ParamStore::master_of(const at::Tensor& values) {
-  if (!options_.rest) return optim::long_lived_copy(values.to(at::kFloat));
+at::Tensor ParamStore::master_of(const Flat& flat, const at::Tensor& values) {
+  if (!flat.state_rests) return optim::long_lived_copy(values.to(device_, at::kFloat));
   const at::Tensor master = options_.rest->zeros(values.numel(), at::kFloat);
   master.copy_(values);
   options_.rest->leave(master);
@@ -156,11 +168,17 @@ at::Tensor ParamStore::master_of(const at::Tensor& values) {
 void ParamStore::make_master(int index) {
   at::NoGradGuard no_grad;
   Flat& flat = flats_.at(index);
-  flat.master = master_of(options_.full_master ? flat.full : flat.shard);
+  flat.master = master_of(flat, options_.full_master ? flat.full : flat.shard);
   leave_file(flat);
 }
 
+bool ParamStore::in_file(int index) const {
+  const Flat& flat = flats_.at(index);
+  return flat.home && flat.home->in_file();
+}
+
 void ParamStore::leave_file(Flat& flat) {
+  if (options_.parameter_rest && flat.shard.defined()) options_.parameter_rest->leave(flat.shard);
   if (!flat.home || !flat.home->in_file()) return;
   const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
   const int64_t numel = options_.shard_params ? flat.layout.shard_numel : flat.layout.numel();
@@ -177,7 +195,7 @@ void ParamStore::expect(int index) {
   if (!options_.shard_params || unit.state != UnitState::Sharded) return;
   for (int f : unit.flats) {
     const Flat& flat = flats_[f];
-    if (flat.home->in_file()) platform::prefetch_pages(flat.shard.data_ptr(), flat.shard.nbytes());
+    if (flat.home && flat.home->in_file()) platform::prefetch_pages(flat.shard.data_ptr(), flat.shard.nbytes());
   }
 }
 
@@ -215,7 +233,7 @@ void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::ve
   if (wants_master) {
     flat.full.copy_(staging);
     const int64_t shard = flat.layout.shard_numel;
-    flat.master = master_of(options_.full_master ? staging : staging.narrow(0, rank() * shard, shard));
+    flat.master = master_of(flat, options_.full_master ? staging : staging.narrow(0, rank() * shard, shard));
     staging = at::Tensor();
     pool_.put(std::move(staging_memory));
   }
@@ -292,16 +310,33 @@ void ParamStore::gather(int index, const char* phase, bool prefetch) {
   if (unit.state == UnitState::Sharded) {
     for (int f : unit.flats) {
       Flat& flat = flats_[f];
-      const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
-      const int64_t shard_bytes = flat.layout.shard_numel * es;
-      flat.buffer = pool_.take(shard_bytes * world());
+      flat.buffer = pool_.take(flat.layout.numel() * static_cast<int64_t>(c10::elementSize(flat.dtype)));
       flat.full = view_bytes(flat.buffer, flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
-      flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *flat.home, static_cast<size_t>(flat.home_offset_bytes), 0,
-                                                 static_cast<size_t>(shard_bytes), tag(phase, index, shard_bytes));
+      start_gather(flat, phase);
     }
     unit.state = UnitState::Gathering;
   }
   if (!prefetch) finish_gather(unit);
+}
+
+// Everybody's shards to flat.full. A shard on the host goes to its place there first.
+void ParamStore::start_gather(Flat& flat, const char* phase) {
+  const int64_t shard_bytes = flat.shard.numel() * static_cast<int64_t>(flat.shard.element_size());
+  const comm::Tag t = tag(phase, flat.unit, shard_bytes);
+  if (flat.home) {
+    flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *flat.home, static_cast<size_t>(flat.home_offset_bytes), 0,
+                                               static_cast<size_t>(shard_bytes), t);
+    return;
+  }
+  at::NoGradGuard no_grad;
+  if (!uploads_) uploads_ = std::make_unique<optim::StagingRing>(device_, options_.parameter_rest->pinned(), 3);
+  uploads_->send(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel), flat.shard);
+  leave_file(flat);
+  if (world() == 1) return;
+  const auto where = device_.is_cpu() ? comm::Device::Cpu : comm::Device::Cuda;
+  const auto whole = comm::borrow(flat.full.data_ptr(), static_cast<size_t>(shard_bytes * world()), where, std::max<int>(device_.index(), 0),
+                                  std::make_shared<at::Tensor>(flat.buffer));
+  flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *whole, 0, static_cast<size_t>(shard_bytes), static_cast<size_t>(shard_bytes), t);
 }
 
 void ParamStore::finish_gather(Unit& unit) {
@@ -434,13 +469,16 @@ void ParamStore::write_back(int index) {
   // A peer may still be gathering what my slices hold now.
   if (groups_.world->size() > 1) groups_.world->barrier(tag("write_back", index, 0));
   copy_back(unit);
-  for (int f : unit.flats) flats_[f].home->publish();
+  for (int f : unit.flats) {
+    if (flats_[f].home) flats_[f].home->publish();
+    leave_file(flats_[f]);
+  }
 }
 
 void ParamStore::publish_all() {
   std::vector<comm::SymmetricBuffer*> done;
   for (Flat& flat : flats_) {
-    if (std::find(done.begin(), done.end(), flat.home.get()) != done.end()) continue;
+    if (!flat.home || std::find(done.begin(), done.end(), flat.home.get()) != done.end()) continue;
     done.push_back(flat.home.get());
     flat.home->publish();
   }
@@ -449,7 +487,13 @@ void ParamStore::publish_all() {
 void ParamStore::refresh_full() {
   std::vector<std::shared_ptr<comm::Work>> works;
   for (Flat& flat : flats_) {
-    if (!flat.trainable || !flat.full.defined() || world() == 1) continue;
+    if (!flat.trainable || !flat.full.defined()) continue;
+    if (!flat.home) {
+      start_gather(flat, "gather_updated");
+      if (flat.gathering) works.push_back(std::exchange(flat.gathering, nullptr));
+      continue;
+    }
+    if (world() == 1) continue;
     const int64_t shard_bytes = flat.layout.shard_numel * static_cast<int64_t>(c10::elementSize(flat.dtype));
     const int64_t stride = options_.shard_params ? 0 : shard_bytes;
     works.push_back(groups_.shard->all_gather(flat.full.data_ptr(), *flat.home, static_cast<size_t>(flat.home_offset_bytes),
@@ -460,7 +504,7 @@ void ParamStore::refresh_full() {
   if (world() > 1 || !options_.shard_params) return;
   at::NoGradGuard no_grad;
   for (Flat& flat : flats_) {
-    if (flat.trainable && flat.full.defined()) flat.full.copy_(flat.shard);   // one rank: the shard is the whole
+    if (flat.trainable && flat.full.defined() && flat.home) flat.full.copy_(flat.shard);   // one rank: the shard is the whole
   }
 }
 

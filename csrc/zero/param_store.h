@@ -11,6 +11,7 @@
 
 #include "comm/transport.h"
 #include "optim/slice_rest.h"
+#include "optim/staging_ring.h"
 #include "plan/layout.h"
 #include "zero/buffer_pool.h"
 
@@ -49,6 +50,7 @@ struct Flat {
   at::Tensor full;                                   // [world * shard_numel]; undefined while freed
   at::Tensor master;                                 // fp32, my part (or all, full_master), when more exact than the shard
   at::Tensor buffer;                                 // pool memory behind `full` (sharded stores only)
+  bool state_rests = false;                          // its master, states and gradient slice rest where the options say
   std::shared_ptr<comm::Work> gathering;
 };
 
@@ -78,7 +80,9 @@ struct StoreOptions {
   bool shard_params = false;
   bool full_master = false;      // masters cover the whole flat: every rank steps everything (stage 0)
   int64_t align_numel = 64;
-  std::shared_ptr<optim::SliceRest> rest;   // where masters lie; null: memory
+  std::shared_ptr<optim::SliceRest> rest;   // where masters, optimizer states and gradient slices lie; null: memory of the device
+  double rest_share = 1.0;                  // of the trained elements, for which that is so
+  std::shared_ptr<optim::SliceRest> parameter_rest;   // where shards lie that the carrier cannot gather from; null: in homes
   std::string folder;            // where parameters rest in files; empty: memory
   int64_t most_in_memory = 0;    // with a folder: elements of this rank's parameters that rest in memory all the same
 };
@@ -141,7 +145,9 @@ class ParamStore {
   void leave_files();
   // Parameters in files: starts to read what gather(unit) will need.
   void expect(int unit);
-  bool in_file(int flat) const { return flats_.at(flat).home && flats_.at(flat).home->in_file(); }
+  bool in_file(int flat) const;
+  // The shard lies on the host and full parameters do not.
+  bool shard_apart(int flat) const { return options_.parameter_rest && !flats_.at(flat).home; }
   // After my shards changed: makes them visible to the peers, then refreshes every unit that stays gathered.
   void publish_all();
   void refresh_full();
@@ -177,7 +183,8 @@ class ParamStore {
   void adopt_param(Flat& flat, Param& p);
   void bind(Unit& unit, bool available);
   void copy_back(Unit& unit);
-  at::Tensor master_of(const at::Tensor& values);
+  at::Tensor master_of(const Flat& flat, const at::Tensor& values);
+  void start_gather(Flat& flat, const char* phase);
   void leave_file(Flat& flat);
   void adopt_values(Flat& flat, Param& p);
   void part_from_holders(Unit& unit);
@@ -196,6 +203,8 @@ class ParamStore {
   };
   Chunk memory_chunk_, file_chunk_;
   int64_t in_memory_numel_ = 0;
+  int64_t trained_numel_ = 0, resting_numel_ = 0;
+  std::unique_ptr<optim::StagingRing> uploads_;   // of shards that lie on the host
   BindCallback on_bind_;
   int64_t step_ = 0;
 };

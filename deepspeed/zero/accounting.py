@@ -18,22 +18,27 @@ def held_bytes(optimizer):
     return held
 
 
+def _place(rest, device):
+    return device if rest is None else getattr(rest, "folder", "the host's memory")
+
+
 def places(optimizer):
     """[(what, bytes on this rank, where it rests)] of the state of training, present or still to come, for the model that `optimizer` steps."""
     managed, device = optimizer.managed, str(optimizer.managed.device)
     tiers, store = managed.tiers, managed.store.bytes()
-    rest = tiers.rest.folder if tiers.rest is not None else device
-    trained = sum(s.master.numel() for s in optimizer.slices)
-    own_masters = sum(s.master.numel() for s in optimizer.slices if s.low is not None)
-    in_files = store["parameters_in_files"]
-    rows = [("parameters", store["parameters"] - in_files, device), ("parameters", in_files, tiers.parameter_folder),
-            ("master weights", 4 * own_masters, rest), ("optimizer states", 4 * trained * len(getattr(optimizer.stepper, "state_names", ())), rest),
-            ("gradient slices", 4 * trained, rest), ("gradients on their way", managed.reducer.bucket_bytes(), device)]
+    in_files, states = store["parameters_in_files"], len(getattr(optimizer.stepper, "state_names", ()))
+    rows = [("parameters", store["parameters"] - in_files, _place(tiers.parameter_rest, device)), ("parameters", in_files, tiers.parameter_folder),
+            ("gradients on their way", managed.reducer.bucket_bytes(), device)]
+    for rests, place in ((False, device), (True, _place(tiers.rest, device))):
+        slices = [s for s in optimizer.slices if s.rests == rests]
+        trained = sum(s.master.numel() for s in slices)
+        rows += [("master weights", 4 * sum(s.master.numel() for s in slices if s.low is not None), place),
+                 ("optimizer states", 4 * trained * states, place), ("gradient slices", 4 * trained, place)]
     if managed.shards_params:
         units = sorted((sum(managed.store.full_bytes(flat) for flat in managed.store.unit_flats(unit)) for unit in range(managed.store.units)
                         if not managed.store.is_persistent(unit)), reverse=True)
         rows.append(("gathered units", sum(units[:2]), device))
-    if tiers.rest is not None:
+    if hasattr(tiers.rest, "stream_bytes"):
         rows.append(("tiles of the step", min(tiers.rest.stream_bytes, 12 * trained), device))
     return [row for row in rows if row[1]]
 

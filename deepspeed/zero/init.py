@@ -74,8 +74,8 @@ class Init:
         source = config_dict_or_path if config_dict_or_path is not None else config
         config = load_config(source, device=name, batch_required=False) if source is not None else None
         self.dtype = dtype or self._dtype_of(config)
-        self.tiers = tiers_of(config, with_optimizer=False) if config is not None else IN_MEMORY
-        if remote_device == "nvme" and not self.tiers.parameter_folder:
+        self.tiers = tiers_of(config, self.device, with_optimizer=False) if config is not None else IN_MEMORY
+        if remote_device == "nvme" and not self.tiers.moves_parameters:
             raise ValueError("zero.Init: remote_device=\"nvme\" needs config_dict_or_path with zero_optimization.offload_param, "
                              "its device \"nvme\" and its nvme_path")
         self.group = data_parallel_group or (mpu.get_data_parallel_group() if mpu is not None else None)

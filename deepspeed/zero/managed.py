@@ -97,11 +97,11 @@ class ManagedModel:
         self.device = device
         self.tiers = tiers
         # One rank that has everything in memory owns it anyway: nothing to free, nothing to gather.
-        self.shards_params = shard_params and (transports.shard.size > 1 or bool(tiers.parameter_folder))
+        self.shards_params = shard_params and (transports.shard.size > 1 or tiers.moves_parameters)
         self.sharded_api = shard_params
         self.store = lib().ParamStore(transports.world, transports.shard, transports.reduce, transports.replicate, str(device),
-                                      self.shards_params, full_master, rest=tiers.rest, folder=tiers.parameter_folder,
-                                      most_in_memory=tiers.parameters_in_memory)
+                                      self.shards_params, full_master, rest=tiers.rest, rest_share=tiers.rest_share, parameter_rest=tiers.parameter_rest,
+                                      folder=tiers.parameter_folder, most_in_memory=tiers.parameters_in_memory)
         self.store.set_guard_classes(guard_class, ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE)
         self.scheduler = lib().UnitScheduler(self.store)
         self.reducer = None
@@ -197,7 +197,7 @@ class ManagedModel:
 
     def leave_files(self):
         """What was read or written of state that rests in files takes no memory of this process any more."""
-        if self.tiers.parameter_folder:
+        if self.tiers.moves_parameters:
             self.store.leave_files()
         if self.tiers.rest is not None:
             self.tiers.rest.leave_all()

@@ -41,7 +41,9 @@ class OptimizerSlice:
     flat: int
     master: torch.Tensor      # fp32, 1-D
     low: object               # the parameter memory to refresh, None when it is the master
-    in_file: bool = False     # that memory, or the master when there is none, is a mapping of a file
+    rests: bool = False       # its state rests where the configuration says, not where the model is
+    in_file: bool = False     # low, or the master when there is none, is a mapping of a file
+    apart: bool = False       # low is not on the master's device
     segments: list = field(default_factory=list)
 
 
@@ -75,8 +77,8 @@ class ShardedOptimizer(ZeROOptimizer):
         known = recognise(optimizer)
         rest = managed.tiers.rest
         if rest is not None and (known is None or known[0] == "lamb"):
-            raise ValueError(f"zero_optimization.offload_optimizer.device: the state of {type(optimizer).__name__} cannot rest in a file, since its "
-                             "update does not go element by element in this library: use Adam, AdamW, Lion, Adagrad or SGD, or set device to \"cpu\"")
+            raise ValueError(f"zero_optimization.offload_optimizer.device: the state of {type(optimizer).__name__} cannot rest elsewhere, since its "
+                             "update does not go element by element in this library: use Adam, AdamW, Lion, Adagrad or SGD, or set device to \"none\"")
         if type(optimizer).__name__ == "MuonWithAuxAdam":
             self.stepper = MuonStep(optimizer, self.slices, managed, group_of, options.partial_slices)
         elif known is not None:
@@ -99,12 +101,14 @@ class ShardedOptimizer(ZeROOptimizer):
                 continue
             low = store.shard(flat) if partial else store.full(flat)
             master = store.master(flat)
-            if info["dtype"] == torch.float32:
+            rests = store.state_rests(flat)
+            apart = rests and self.managed.tiers.rest.apart and not store.shard_apart(flat)
+            if info["dtype"] == torch.float32 and not apart:
                 master, low = low, None
             elif master is None:
                 store.make_master(flat)
                 master = store.master(flat)
-            s = OptimizerSlice(flat, master, low, store.in_file(flat))
+            s = OptimizerSlice(flat, master, low, rests, store.in_file(flat), apart)
             for index, offset, numel in info["slots"]:
                 parameter = self.managed.params[index]
                 begin = offset

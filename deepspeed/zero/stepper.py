@@ -73,7 +73,7 @@ class FusedStep:
         self.optimizer, self.slices, self.kind, self._decoupled_of = optimizer, slices, kind, decoupled_of
         self.native = lib().SliceOptimizer(kind, params, transport, rest)
         for s in slices:
-            self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments], s.in_file)
+            self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments], s.rests, s.in_file, s.apart)
         self.overwrites_gradients = kind == "lamb"
         self.steps = 0
         self._step_tensor = torch.zeros(())

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where training state rests while nobody uses it: in memory, or in files of a folder that the configuration names."""
+"""Where training state rests while nobody uses it: where the model runs, in the host's memory, or in files of a folder that the configuration names.
+
+Note [Two ways for parameters]: ranks that run on the CPU gather each other's shards out of mapped files. An accelerator gathers out of its own memory
+only, so there a shard rests on the host, in memory or in a file, and goes to its place in the gathered unit first.
+"""
 import os
 from dataclasses import dataclass
 
 from deepspeed._native import lib
+from deepspeed.telemetry import logger
 
-TILE_BYTES = 4 << 20     # of one array that the optimizer's step streams through memory
+TILE_BYTES = 4 << 20     # of one array that the optimizer's step takes through memory
 _FEWEST_TILES = 3        # one read, one worked on, one written
 _QUEUE_DEPTH = 32
 _BLOCK_ALIGN = 4096
@@ -14,9 +19,15 @@ _MOST_BLOCK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Tiers:
-    rest: object = None              # lib().FileRest of masters, optimizer states and gradient slices; None: memory
-    parameter_folder: str = ""       # where this rank's parameters rest; "": memory
+    rest: object = None              # lib().SliceRest of masters, optimizer states and gradient slices; None: where the model runs
+    rest_share: float = 1.0          # of the trained elements, for which that is so
+    parameter_rest: object = None    # lib().SliceRest of shards that do not lie where the model runs
+    parameter_folder: str = ""       # for ranks on the CPU: where shards rest in files; "": memory
     parameters_in_memory: int = 0    # with a folder: elements of them that rest in memory all the same
+
+    @property
+    def moves_parameters(self):
+        return self.parameter_rest is not None or bool(self.parameter_folder)
 
 
 IN_MEMORY = Tiers()
@@ -33,18 +44,35 @@ def _folder(section, name):
     return path
 
 
-def _rest(config, section):
+def _in_files(config, section, name, apart):
     aio = config.aio
     block = min(max(int(aio.block_size) // _BLOCK_ALIGN, 1) * _BLOCK_ALIGN, _MOST_BLOCK_BYTES)
     depth = int(aio.queue_depth) if config.is_set("aio.queue_depth") else _QUEUE_DEPTH
     threads = int(aio.intra_op_parallelism) if config.is_set("aio.intra_op_parallelism") else 4
-    return lib().FileRest(_folder(section, "offload_optimizer"), max(_FEWEST_TILES, int(section.buffer_count)), TILE_BYTES, block, depth, threads)
+    return lib().FileRest(_folder(section, name), max(_FEWEST_TILES, int(section.buffer_count)), TILE_BYTES, block, depth, threads,
+                          apart=apart, pinned=apart and bool(section.pin_memory))
 
 
-def tiers_of(config, with_optimizer=True):
-    """What zero_optimization.offload_optimizer and offload_param say. Makes the folders. The files have no names: they go with the process."""
-    zero = config.zero_optimization
-    rest = _rest(config, zero.offload_optimizer) if with_optimizer and zero.offload_optimizer.device == "nvme" else None
+def _rest(config, section, name, apart):
+    """For an accelerator (`apart`) all of it lies elsewhere; for ranks on the CPU the host's memory is where it lies anyway."""
+    if section.device == "nvme":
+        return _in_files(config, section, name, apart)
+    return lib().HostRest(bool(section.pin_memory), TILE_BYTES) if section.device == "cpu" and apart else None
+
+
+def tiers_of(config, device, with_optimizer=True):
+    """What zero_optimization.offload_optimizer and offload_param say for a model that runs on `device` (torch.device). Makes the folders. The files
+    in them have no names: they go with the process."""
+    zero, apart = config.zero_optimization, device.type != "cpu"
+    rest = _rest(config, zero.offload_optimizer, "offload_optimizer", apart) if with_optimizer else None
+    if apart:
+        parameter_rest = _rest(config, zero.offload_param, "offload_param", apart)
+        if parameter_rest is not None and rest is None and with_optimizer:
+            logger.warning("zero_optimization.offload_param without offload_optimizer: the optimizer's state follows the parameters to the host")
+            rest = lib().HostRest(bool(zero.offload_param.pin_memory), TILE_BYTES)
+        share = 1.0 if parameter_rest is not None else float(zero.offload_optimizer.ratio)
+        return Tiers(rest, share, parameter_rest)
     if zero.offload_param.device != "nvme":
-        return Tiers(rest)
-    return Tiers(rest, _folder(zero.offload_param, "offload_param"), int(zero.offload_param.max_in_cpu))
+        return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0)
+    return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0, None, _folder(zero.offload_param, "offload_param"),
+                 int(zero.offload_param.max_in_cpu))
