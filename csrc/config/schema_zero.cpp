@@ -6,18 +6,13 @@ namespace ds::config {
 
 namespace {
 
-const char* const kHostOnCuda = "use \"none\" (keep it on the GPU); resting in host memory is not built yet";
-const char* const kFilesOnCuda = "use \"none\" (keep it on the GPU); resting in files is built for training on the CPU only";
-
 // A key that may be written with or without "stage3_".
 Key both_spellings(Key key) {
   return key.alias("stage3_" + key.name).on_stages("3");
 }
 
 Key device_row() {
-  return choice("device", "none", {"none", "cpu", "nvme"}, "Where it rests between uses; cpu is free when training on the CPU")
-      .refuse_value("cpu", kHostOnCuda, Device::Cuda)
-      .refuse_value("nvme", kFilesOnCuda, Device::Cuda);
+  return choice("device", "none", {"none", "cpu", "nvme"}, "Where it rests between uses; cpu is free when training on the CPU");
 }
 
 std::vector<Key> partition_rows() {
@@ -112,27 +107,25 @@ std::vector<Key> removed_rows() {
 Key offload_param_section() {
   return object("offload_param", "Where partitioned parameters rest; without effect below stage 3",
       {device_row(),
-       text("nvme_path", nullptr, "Directory, for nvme").accepted(),
-       boolean("pin_memory", true, "Page-locked host memory").accepted(),
-       integer("buffer_count", 5, "Staging buffers, for nvme").at_least(0).accepted(),
-       integer("buffer_size", 100000000, "Elements in a staging buffer").at_least(0).accepted(),
-       integer("max_in_cpu", 1000000000, "Elements kept in memory, for nvme").at_least(0).accepted()})
+       text("nvme_path", nullptr, "Folder, for nvme; made if it is not there. Its files have no names and go with the process"),
+       boolean("pin_memory", true, "Page-lock the staging memory of transfers to and from a GPU"),
+       integer("buffer_count", 5, "Without effect: two units are in memory at a time").at_least(0).accepted(),
+       integer("buffer_size", 100000000, "Without effect: a unit's size is stage3_prefetch_bucket_size").at_least(0).accepted(),
+       integer("max_in_cpu", 1000000000, "For nvme on the CPU: elements of each rank's parameters that stay in memory").at_least(0)})
       .on_stages("3");
 }
 
 Key offload_optimizer_section() {
-  return object("offload_optimizer", "Where optimizer states and master weights rest",
+  return object("offload_optimizer", "Where optimizer states, master weights and gradient slices rest",
       {device_row(),
-       text("nvme_path", nullptr, "Directory, for nvme").accepted(),
-       boolean("pin_memory", true, "Page-locked host memory").accepted(),
-       integer("buffer_count", 4, "Staging buffers, for nvme").at_least(0).accepted(),
-       boolean("pipeline_read", false, "Read ahead, for nvme").accepted(),
-       boolean("pipeline_write", false, "Write behind, for nvme").accepted(),
-       boolean("fast_init", false, "Quicker creation of files").accepted(),
-       number("ratio", 1.0, "Share of the states that rests on the host; below 1 only at stage 3").at_least(0).at_most(1)
-           .accepted(),
-       boolean("super_offload", false, "Update on the host while backward goes on")
-           .refuse(When::True, "set it to false: it is not built yet"),
+       text("nvme_path", nullptr, "Folder, for nvme; made if it is not there. Its files have no names and go with the process"),
+       boolean("pin_memory", true, "Page-lock the staging memory of transfers to and from a GPU"),
+       integer("buffer_count", 4, "For nvme: tiles of 4 MiB a state (12 MiB with AdamW and bf16) that a step holds in memory; at least 3").at_least(0),
+       boolean("pipeline_read", false, "Without effect: tiles are always read ahead").accepted(),
+       boolean("pipeline_write", false, "Without effect: tiles are always written behind").accepted(),
+       boolean("fast_init", false, "Without effect: creation is fast").accepted(),
+       number("ratio", 1.0, "Share of the states that rests there; below 1 only at stage 3").at_least(0).at_most(1),
+       boolean("super_offload", false, "Without effect yet: the update begins when backward has ended").accepted(),
        number("cpuadam_cores_perc", 0.8, "Share of the cores for super_offload").at_least(0).at_most(1).accepted()})
       .on_stages("1-3");
 }

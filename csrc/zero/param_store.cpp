@@ -4,7 +4,10 @@
 #include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/Event.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -47,6 +50,18 @@ void follow(const at::Tensor& master, const at::Tensor& written) {
   const at::Tensor values = written.to(master.device());
   master.copy_(at::where(master.to(values.scalar_type()).eq(values), master, values.to(at::kFloat)));
 }
+
+// Copies that have been enqueued on a stream.
+class Upload : public comm::Work {
+ public:
+  explicit Upload(const c10::Stream& stream) : done_(stream.device_type()), device_(stream.device()) { done_.record(stream); }
+  bool test() override { return done_.query(); }
+  void wait() override { done_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_)); }
+
+ private:
+  c10::Event done_;
+  const c10::Device device_;
+};
 
 std::string changed_shape(const Param& p, const at::Tensor& now) {
   std::ostringstream text;
@@ -190,6 +205,8 @@ void ParamStore::leave_files() {
 }
 
 void ParamStore::expect(int index) {
+  // One rank waits for nobody: it may begin whatever the others do.
+  if (options_.parameter_rest && world() == 1) gather(index, "gather_ahead", /*prefetch=*/true);
   if (options_.folder.empty()) return;
   Unit& unit = units_.at(index);
   if (!options_.shard_params || unit.state != UnitState::Sharded) return;
@@ -330,9 +347,22 @@ void ParamStore::start_gather(Flat& flat, const char* phase) {
   }
   at::NoGradGuard no_grad;
   if (!uploads_) uploads_ = std::make_unique<optim::StagingRing>(device_, options_.parameter_rest->pinned(), 3);
+  // Beside what the device computes; what it still does with this memory comes first.
+  std::optional<c10::StreamGuard> beside;
+  if (!device_.is_cpu()) {
+    const c10::impl::VirtualGuardImpl streams(device_.type());
+    if (!upload_stream_) upload_stream_ = streams.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
+    c10::Event before(device_.type());
+    before.record(streams.getStream(device_));
+    before.block(*upload_stream_);
+    beside.emplace(*upload_stream_);
+  }
   uploads_->send(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel), flat.shard);
   leave_file(flat);
-  if (world() == 1) return;
+  if (world() == 1) {
+    if (upload_stream_) flat.gathering = std::make_shared<Upload>(*upload_stream_);
+    return;
+  }
   const auto where = device_.is_cpu() ? comm::Device::Cpu : comm::Device::Cuda;
   const auto whole = comm::borrow(flat.full.data_ptr(), static_cast<size_t>(shard_bytes * world()), where, std::max<int>(device_.index(), 0),
                                   std::make_shared<at::Tensor>(flat.buffer));

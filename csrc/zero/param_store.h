@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -205,6 +206,7 @@ class ParamStore {
   int64_t in_memory_numel_ = 0;
   int64_t trained_numel_ = 0, resting_numel_ = 0;
   std::unique_ptr<optim::StagingRing> uploads_;   // of shards that lie on the host
+  std::optional<c10::Stream> upload_stream_;      // on an accelerator
   BindCallback on_bind_;
   int64_t step_ = 0;
 };

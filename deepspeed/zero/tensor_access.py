@@ -31,6 +31,7 @@ def _full(parameter, kind, key=None):
     mine = optimizer.read_slice(parameter, kind, key)
     if mine is None:
         return None
+    mine = mine.to(home.owner.device)   # also when it rests on the host
     if not optimizer.slices_are_partial(kind):
         return shaped_like(mine.clone(), parameter)
     return shaped_like(home.owner.gather_slices(parameter, mine), parameter)

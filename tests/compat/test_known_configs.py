@@ -23,12 +23,12 @@ LOADED = {
         "gradient_accumulation_steps": 2, "fp16.enabled": True, "fp16.loss_scale": 0, "gradient_clipping": 1.0,
         "optimizer.params": {"lr": 3e-5, "weight_decay": 0.0, "bias_correction": False},
     }),
-    "c03_functional_stage2": (2, "cpu", {
+    "c03_functional_stage2": (2, "cuda", {
         "train_batch_size": 48, "zero_optimization.stage": 2, "zero_optimization.reduce_bucket_size": 7_000_000,
         "zero_optimization.offload_optimizer.device": "cpu", "fp16.initial_scale_power": 32,
         "activation_checkpointing.partition_activations": True,
     }),
-    "c05_trainer_zero3": (2, "cpu", {
+    "c05_trainer_zero3": (2, "cuda", {
         "train_batch_size": 4, "zero_optimization.stage": 3, "zero_optimization.offload_param.device": "cpu",
         "zero_optimization.reduce_bucket_size": DEFAULT_BUCKET, "zero_optimization.sub_group_size": 10**9,
         "zero_optimization.stage3_prefetch_bucket_size": 50_000_000, "gradient_clipping": 1.0, "fp16.enabled": False,
@@ -67,6 +67,9 @@ LOADED = {
         "train_batch_size": 16, "steps_per_print": float("inf"), "zero_optimization.offload_param.nvme_path": None,
         "zero_optimization.reduce_bucket_size": DEFAULT_BUCKET, "bf16.enabled": True,
     }),
+    "c07_files": (1, "cuda", {"zero_optimization.offload_optimizer.nvme_path": "/local_nvme", "zero_optimization.offload_param.max_in_cpu": 10**9,
+                              "aio.queue_depth": 32}),
+    "c18c_super_offload": (2, "cuda", {"zero_optimization.offload_optimizer.device": "cpu"}),
     "c18b_partly_on_host": (2, "cpu", {"zero_optimization.offload_optimizer.ratio": 0.3}),
     "c19_pretraining_stack": (2, "cuda", {
         "gradient_accumulation_steps": 4, "data_types.grad_accum_dtype": "fp32", "bf16.enabled": True,
@@ -80,14 +83,8 @@ LOADED = {
 
 # file -> (ranks, device, every part of the message that must be there, what to change to make it load)
 REFUSED = {
-    "c03_functional_stage2": (2, "cuda", ["zero_optimization.offload_optimizer.device", '"cpu"'],
-                              {"zero_optimization.cpu_offload": False}),
     "c04_trainer_zero2": (2, "cpu", ["train_batch_size and train_micro_batch_size_per_gpu are both missing"],
                           {"train_micro_batch_size_per_gpu": 1}),
-    "c05_trainer_zero3": (2, "cuda", ["zero_optimization.offload_param.device", "zero_optimization.offload_optimizer.device"],
-                          {"zero_optimization.offload_param.device": "none", "zero_optimization.offload_optimizer.device": "none"}),
-    "c07_files": (1, "cpu", ["zero_optimization.offload_param.device", "zero_optimization.offload_optimizer.device", '"nvme"'],
-                  {"zero_optimization.offload_param.device": "none", "zero_optimization.offload_optimizer.device": "none"}),
     "c14_factory_tensor_parallel": (2, "cpu", ["tensor_parallel.autotp_size: found 2"], {"tensor_parallel.autotp_size": 1}),
     "c16_chat_actor": (8, "cuda", ["hybrid_engine.enabled"], {"hybrid_engine.enabled": False}),
     "c17_quantised_communication": (2, "cpu", ["zero_optimization.zero_quantized_weights",
@@ -95,8 +92,6 @@ REFUSED = {
                                     {"zero_optimization.zero_quantized_weights": False,
                                      "zero_optimization.zero_quantized_gradients": False}),
     "c18_host_update": (2, "cpu", ["zero_optimization.zenflow"], {"zero_optimization.zenflow": None}),
-    "c18c_super_offload": (2, "cpu", ["zero_optimization.offload_optimizer.super_offload"],
-                           {"zero_optimization.offload_optimizer.super_offload": False}),
     "c20b_compiler_passes": (2, "cpu", ["compile.deepcompile"], {"compile.deepcompile": False}),
     "c20c_experts": (2, "cpu", ["expert_parallel.enabled"], {"expert_parallel.enabled": False}),
 }

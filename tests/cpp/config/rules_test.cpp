@@ -80,14 +80,15 @@ TEST(Rules, OffloadWithoutEffectIsDropped) {
   EXPECT_EQ(config.remarks[0].level, Remark::Level::Info);
 }
 
-TEST(Rules, OffloadDependsOnTheDevice) {
-  const std::string host = with_batch("zero_optimization: {stage: 3, offload_optimizer: {device: 'cpu'}, offload_param: {device: 'cpu'}}");
-  EXPECT_EQ(refusal(host), "");
-  EXPECT_HAS(refusal(host, on_cuda()),
-             "zero_optimization.offload_optimizer.device: found \"cpu\", which cannot be honoured on a GPU; use \"none\"");
-  const std::string files = with_batch("zero_optimization: {stage: 3, offload_optimizer: {device: 'nvme', nvme_path: '/x'}}");
-  EXPECT_HAS(refusal(files), "found \"nvme\", which cannot be honoured; use \"none\"");
-  EXPECT_HAS(refusal(files, on_cuda()), "found \"nvme\"");
+TEST(Rules, OffloadIsForEveryDevice) {
+  for (const char* section : {"offload_optimizer", "offload_param"}) {
+    const auto with = [&](const std::string& inside) { return with_batch("zero_optimization: {stage: 3, " + std::string(section) + ": {" + inside + "}}"); };
+    for (const std::string& inside : {std::string("device: 'cpu'"), std::string("device: 'nvme', nvme_path: '/x'")}) {
+      EXPECT_EQ(refusal(with(inside)), "");
+      EXPECT_EQ(refusal(with(inside), on_cuda()), "");
+    }
+    EXPECT_HAS(refusal(with("device: 'nvme'")), std::string("zero_optimization.") + section + ".nvme_path: missing");
+  }
 }
 
 TEST(Rules, RefusedWhenEnabled) {
