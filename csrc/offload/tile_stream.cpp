@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <utility>
 
 #include "base/checked.h"
 #include "base/error.h"
@@ -42,7 +43,7 @@ struct TileStream::Slot {
   }
 };
 
-TileStream::TileStream(const StreamOptions& options) : options_(options) {
+TileStream::TileStream(io::FileEngine& engine, const StreamOptions& options) : engine_(engine), options_(options) {
   DS_CHECK_VALUE(options.tile_bytes >= kPage && options.tile_bytes % kPage == 0,
                  "tile_bytes must be a positive multiple of " << kPage << ", got " << options.tile_bytes);
   DS_CHECK_VALUE(options.buffers >= kFewestBuffers, "buffers must be at least " << kFewestBuffers << ", got " << options.buffers);
@@ -65,7 +66,17 @@ std::vector<TileStream::Tile> TileStream::cut(const std::vector<StreamJob>& jobs
   return tiles;
 }
 
-void TileStream::run(io::FileEngine& engine, const std::shared_ptr<io::EngineFile>& file, const std::vector<StreamJob>& jobs, const Work& work) {
+void TileStream::make_room(size_t slots, size_t slot_bytes) {
+  memory_.resize(std::max(memory_.size(), slots));
+  for (Memory& m : memory_) {
+    if (m.buffer.bytes() >= slot_bytes) continue;
+    m.known.reset();
+    m.buffer = platform::Buffer(slot_bytes);
+    m.known = engine_.register_buffer(m.buffer.data(), static_cast<int64_t>(slot_bytes));
+  }
+}
+
+void TileStream::run(const std::shared_ptr<io::EngineFile>& file, const std::vector<StreamJob>& jobs, const Work& work) {
   const std::vector<Tile> tiles = cut(jobs);
   if (tiles.empty()) return;
   const auto bytes_of = [&](const Tile& t, const StreamArray& a) { return round_up(t.numel * a.element_bytes, kPage); };
@@ -77,10 +88,7 @@ void TileStream::run(io::FileEngine& engine, const std::shared_ptr<io::EngineFil
     slot_bytes = std::max(slot_bytes, static_cast<size_t>(sum));
   }
   const size_t count = std::min(tiles.size(), static_cast<size_t>(options_.buffers));
-  memory_.resize(std::max(memory_.size(), count));
-  for (platform::Buffer& buffer : memory_) {
-    if (buffer.bytes() < slot_bytes) buffer = platform::Buffer(slot_bytes);
-  }
+  make_room(count, slot_bytes);
 
   std::vector<Slot> slots(count);
   // Half of the slots read ahead, so that a slot's writes have had time when it is read into again.
@@ -90,13 +98,23 @@ void TileStream::run(io::FileEngine& engine, const std::shared_ptr<io::EngineFil
     Slot& slot = slots[number % count];
     slot.wait();
     slot.data.clear();
-    auto* at = static_cast<char*>(memory_[number % count].data());
+    auto* at = static_cast<char*>(memory_[number % count].buffer.data());
+    std::vector<io::Transfer> reads;
     for (const StreamArray& a : jobs[t.job].arrays) {
       const int64_t bytes = bytes_of(t, a);
       slot.data.push_back(at);
-      slot.requests.push_back(engine.read(file, a.offset + t.begin * a.element_bytes, at, bytes));
+      reads.push_back({file, /*is_write=*/false, a.offset + t.begin * a.element_bytes, at, bytes});
       at += bytes;
     }
+    slot.requests = engine_.start(std::move(reads));
+  };
+  const auto write = [&](const Tile& t, Slot& slot) {
+    std::vector<io::Transfer> writes;
+    for (size_t i = 0; i < jobs[t.job].arrays.size(); ++i) {
+      const StreamArray& a = jobs[t.job].arrays[i];
+      if (a.write) writes.push_back({file, /*is_write=*/true, a.offset + t.begin * a.element_bytes, slot.data[i], bytes_of(t, a)});
+    }
+    slot.requests = engine_.start(std::move(writes));
   };
 
   try {
@@ -107,10 +125,7 @@ void TileStream::run(io::FileEngine& engine, const std::shared_ptr<io::EngineFil
       slot.wait();
       const Tile& t = tiles[now];
       work(t.job, t.begin, t.numel, slot.data.data());
-      for (size_t i = 0; i < jobs[t.job].arrays.size(); ++i) {
-        const StreamArray& a = jobs[t.job].arrays[i];
-        if (a.write) slot.requests.push_back(engine.write(file, a.offset + t.begin * a.element_bytes, slot.data[i], bytes_of(t, a)));
-      }
+      write(t, slot);
     }
     for (Slot& slot : slots) slot.wait();
   } catch (...) {
@@ -121,7 +136,7 @@ void TileStream::run(io::FileEngine& engine, const std::shared_ptr<io::EngineFil
 
 int64_t TileStream::buffer_bytes() const {
   int64_t total = 0;
-  for (const platform::Buffer& buffer : memory_) total += static_cast<int64_t>(buffer.bytes());
+  for (const Memory& m : memory_) total += static_cast<int64_t>(m.buffer.bytes());
   return total;
 }
 

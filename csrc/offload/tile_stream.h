@@ -36,11 +36,12 @@ class TileStream {
   // data[i]: the elements [begin, begin + numel) of the job's array i, which the work may change.
   using Work = std::function<void(size_t job, int64_t begin, int64_t numel, void* const* data)>;
 
-  explicit TileStream(const StreamOptions& options);
+  // `engine` outlives this.
+  TileStream(io::FileEngine& engine, const StreamOptions& options);
 
   // Returns when everything is written. Throws the first error, of a file or of the work, after all that was under way has ended: the arrays then
   // hold some tiles of before and some of after.
-  void run(io::FileEngine& engine, const std::shared_ptr<io::EngineFile>& file, const std::vector<StreamJob>& jobs, const Work& work);
+  void run(const std::shared_ptr<io::EngineFile>& file, const std::vector<StreamJob>& jobs, const Work& work);
 
   int64_t buffer_bytes() const;   // held between runs
 
@@ -49,8 +50,16 @@ class TileStream {
   struct Slot;
   std::vector<Tile> cut(const std::vector<StreamJob>& jobs) const;
 
+  void make_room(size_t slots, size_t slot_bytes);
+
+  io::FileEngine& engine_;
   const StreamOptions options_;
-  std::vector<platform::Buffer> memory_;   // one a slot, made at the first run
+  // One a slot, made at the first run, and known to the engine.
+  struct Memory {
+    platform::Buffer buffer;
+    std::unique_ptr<io::KnownBuffer> known;   // goes before the buffer
+  };
+  std::vector<Memory> memory_;
 };
 
 }  // namespace ds::offload

@@ -31,7 +31,7 @@ void FileRest::stream(const std::vector<Job>& jobs, const Work& work) {
     list.push_back(std::move(entry));
   }
   std::vector<at::Tensor> tile;
-  stream_.run(file_->engine(), file_->file(), list, [&](size_t j, int64_t begin, int64_t numel, void* const* data) {
+  stream_.run(file_->file(), list, [&](size_t j, int64_t begin, int64_t numel, void* const* data) {
     tile.clear();
     for (size_t i = 0; i < jobs[j].arrays.size(); ++i) {
       tile.push_back(at::from_blob(data[i], {numel}, at::TensorOptions().dtype(jobs[j].arrays[i].scalar_type())));

@@ -14,7 +14,7 @@ class FileRest : public optim::SliceRest {
  public:
   // apart: the weights are on an accelerator.
   FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options, bool apart, bool pinned)
-      : file_(std::move(file)), options_(options), stream_(options), apart_(apart), pinned_(pinned) {}
+      : file_(std::move(file)), options_(options), stream_(file_->engine(), options), apart_(apart), pinned_(pinned) {}
 
   at::Tensor zeros(int64_t numel, at::ScalarType dtype) override;
   bool holds(const at::Tensor& t) const override { return t.defined() && t.device().is_cpu() && file_->offset_of(t.data_ptr()).has_value(); }

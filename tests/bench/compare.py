@@ -38,9 +38,10 @@ def rows(args, results, model, numel, tokens, batch):
             base = running.median_of(results, peer)
             over.append(f"{median / base:.2f}" if base else "-")
         share = flops / median / 1e9 / running.ceiling(results, "sgemm_gflops")
+        peak = max(base + over for run in runs for base, over in zip(run["base_rss_bytes"], run["peak_over_imports_bytes"]))
         cpu = running.median_of(results, name, "cpu_s")
         yield [name, f"{1e3 * median:.1f}", f"{1e3 * min(medians):.1f} to {1e3 * max(medians):.1f}", *over, f"{1e3 * cpu:.1f}",
-               f"{flops / median / 1e9:.1f} ({share:.0%})", f"{median / floor:.2f}", f"{max(run['load'][0] for run in runs):.1f}"]
+               f"{flops / median / 1e9:.1f} ({share:.0%})", f"{median / floor:.2f}", f"{peak / 2**20:.0f}", f"{max(run['load'][0] for run in runs):.1f}"]
 
 
 def bars(args, case, results):
@@ -59,12 +60,13 @@ def one_case(args, case):
     model = models.MODELS[args.model]
     options = ["--model", args.model, "--dtype", args.dtype, "--accumulation", str(args.accumulation),
                "--tokens", str(tokens), "--batch", str(batch)]
+    timed = [*options, "--nvme", args.nvme] if args.nvme else options
     with tempfile.TemporaryDirectory() as folder:
         reference = running.make_reference(args, folder, options)
-        results = running.alternate(args, running.chosen(args), [*options, "--steps", str(args.steps), "--reference", reference])
+        results = running.alternate(args, running.chosen(args), [*timed, "--steps", str(args.steps), "--reference", reference])
     numel = sum(p.numel() for p in models.build(args.model).parameters())
     copy, sgemm = running.ceiling(results, "copy_gbs"), running.ceiling(results, "sgemm_gflops")
-    header = ["", "step, ms", "rounds, ms", "× DDP", "× FSDP2", "CPU a rank, ms", "GFLOP/s a rank (of ceiling)", "× floor", "load"]
+    header = ["", "step, ms", "rounds, ms", "× DDP", "× FSDP2", "CPU a rank, ms", "GFLOP/s a rank (of ceiling)", "× floor", "peak resident, MiB", "load"]
     print(f"\n### {args.model} ({numel / 1e6:.1f} M), {tokens} tokens × {batch}, {args.dtype}, accumulation {args.accumulation}, "
           f"{args.ranks} ranks\n\nCeilings, all ranks at once, one thread each: copy {copy:.1f} GB/s, sgemm {sgemm:.0f} GFLOP/s.\n")
     print(running.table(header, rows(args, results, model, numel, tokens, batch)) + bars(args, case, results) + running.failures(results))
@@ -77,6 +79,7 @@ def main():
     parser.add_argument("--model", choices=models.MODELS, default="gpt-25m")
     parser.add_argument("--case", action="append", help="TOKENSxBATCH; default 128x2 and 16x1")
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--nvme", help="a folder: the state of ours and of DeepSpeed rests in files there")
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()

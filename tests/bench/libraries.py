@@ -21,6 +21,7 @@ class Setup(NamedTuple):
     accumulation: int
     batch: int
     world_size: int
+    folder: str = ""   # of files in which the optimizer's state, and at stage 3 the parameters, rest; "": memory
 
 
 def _fused(model):
@@ -125,6 +126,12 @@ class DeepSpeedApi:
             "zero_optimization": {"stage": setup.stage},
             "steps_per_print": 10**9,
         }
+        if setup.folder:
+            files = {"device": "nvme", "nvme_path": setup.folder}
+            config["zero_optimization"]["offload_optimizer"] = {**files, "pipeline_read": True, "pipeline_write": True}
+            config["aio"] = {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True, "intra_op_parallelism": 1}
+            if setup.stage == 3:
+                config["zero_optimization"]["offload_param"] = {**files, "buffer_size": 4 << 20, "max_in_cpu": 0}
         if setup.dtype == "bf16":
             config["bf16"] = {"enabled": True}
         if setup.dtype == "fp16":

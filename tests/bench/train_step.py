@@ -43,6 +43,7 @@ def arguments():
     parser.add_argument("--reference", help="file written by --write-reference with the same model and sizes")
     parser.add_argument("--write-reference", help="run the one-process loop and write its losses here")
     parser.add_argument("--activations", action="store_true", help="only measure one forward's memory, in one process")
+    parser.add_argument("--nvme", default="", help="folder of files in which state rests (ours and DeepSpeed)")
     parser.add_argument("--pid-file", help="folder where each rank leaves its process id before it builds the model")
     parser.add_argument("--local_rank", type=int, default=None, help="given by launchers; the environment is used")
     return parser.parse_args()
@@ -148,7 +149,8 @@ def measure(args):
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     library = libraries.LIBRARIES[args.lib]()
-    setup = libraries.Setup(args.model, args.stage, args.dtype, args.accumulation, args.batch, int(os.environ["WORLD_SIZE"]))
+    setup = libraries.Setup(args.model, args.stage, args.dtype, args.accumulation, args.batch, int(os.environ["WORLD_SIZE"]),
+                            args.nvme)
     args.world_size = setup.world_size
     library.prepare(setup)
     if args.lib == "deepspeed" and Path(library.file).is_relative_to(ROOT):

@@ -110,9 +110,9 @@ TEST_P(Offload, EveryElementOnce) {
         list[j].arrays.push_back({*file->offset_of(memory[j][a].get()), width, a != 2});
       }
     }
-    TileStream stream({kPage * static_cast<int64_t>(4 + random() % 9), 3 + static_cast<int>(random() % 5)});
+    TileStream stream(file->engine(), {kPage * static_cast<int64_t>(4 + random() % 9), 3 + static_cast<int>(random() % 5)});
     std::vector<int64_t> seen(jobs, 0);
-    stream.run(file->engine(), file->file(), list, [&](size_t j, int64_t begin, int64_t numel, void* const* data) {
+    stream.run(file->file(), list, [&](size_t j, int64_t begin, int64_t numel, void* const* data) {
       EXPECT_EQ(begin, seen[j]);
       seen[j] += numel;
       for (size_t a = 0; a < list[j].arrays.size(); ++a) {
@@ -146,42 +146,42 @@ TEST_P(Offload, MemoryIsTheBuffersOnly) {
   const auto file = make();
   const int64_t numel = int64_t{1} << 20;
   auto range = file->allocate(numel * 4);
-  TileStream stream({4 * kPage, 4});
-  stream.run(file->engine(), file->file(), {{{{*file->offset_of(range.get()), 4, true}}, numel}}, [](size_t, int64_t, int64_t, void* const*) {});
+  TileStream stream(file->engine(), {4 * kPage, 4});
+  stream.run(file->file(), {{{{*file->offset_of(range.get()), 4, true}}, numel}}, [](size_t, int64_t, int64_t, void* const*) {});
   EXPECT_LE(stream.buffer_bytes(), 4 * 4 * kPage);
 }
 
 TEST_P(Offload, AnErrorOfTheWorkEndsTheStream) {
   const auto file = make();
   auto range = file->allocate(100 * kPage);
-  TileStream stream({4 * kPage, 4});
+  TileStream stream(file->engine(), {4 * kPage, 4});
   int calls = 0;
   const StreamJob job{{{*file->offset_of(range.get()), 4, true}}, 100 * kPage / 4};
-  EXPECT_THROW(stream.run(file->engine(), file->file(), {job}, [&](size_t, int64_t, int64_t, void* const*) {
+  EXPECT_THROW(stream.run(file->file(), {job}, [&](size_t, int64_t, int64_t, void* const*) {
     if (++calls == 3) throw std::runtime_error("no");
   }), std::runtime_error);
   EXPECT_EQ(calls, 3);
   calls = 0;
-  stream.run(file->engine(), file->file(), {job}, [&](size_t, int64_t, int64_t, void* const*) { ++calls; });   // and it can be used again
+  stream.run(file->file(), {job}, [&](size_t, int64_t, int64_t, void* const*) { ++calls; });   // and it can be used again
   EXPECT_EQ(calls, 25);
 }
 
 TEST_P(Offload, AnErrorOfTheFileEndsTheStream) {
   const auto file = make();
   auto range = file->allocate(8 * kPage);
-  TileStream stream({4 * kPage, 3});
+  TileStream stream(file->engine(), {4 * kPage, 3});
   // Beyond the end of the file there is nothing to read.
   const StreamJob job{{{*file->offset_of(range.get()), 4, true}}, 100 * kPage / 4};
-  EXPECT_THROW(stream.run(file->engine(), file->file(), {job}, [](size_t, int64_t, int64_t, void* const*) {}), platform::FileError);
+  EXPECT_THROW(stream.run(file->file(), {job}, [](size_t, int64_t, int64_t, void* const*) {}), platform::FileError);
 }
 
 TEST_P(Offload, BadOptionsAreRefused) {
-  EXPECT_THROW(TileStream({100, 4}), ValueError);
-  EXPECT_THROW(TileStream({kPage, 2}), ValueError);
   const auto file = make();
+  EXPECT_THROW(TileStream(file->engine(), {100, 4}), ValueError);
+  EXPECT_THROW(TileStream(file->engine(), {kPage, 2}), ValueError);
   auto range = file->allocate(2 * kPage);
-  TileStream stream({kPage, 3});
-  EXPECT_THROW(stream.run(file->engine(), file->file(), {{{{*file->offset_of(range.get()) + 8, 4, true}}, 10}}, [](size_t, int64_t, int64_t, void* const*) {}), Error);
+  TileStream stream(file->engine(), {kPage, 3});
+  EXPECT_THROW(stream.run(file->file(), {{{{*file->offset_of(range.get()) + 8, 4, true}}, 10}}, [](size_t, int64_t, int64_t, void* const*) {}), Error);
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, Offload, ::testing::Values(io::Backend::Auto, io::Backend::Threads),
