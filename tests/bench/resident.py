@@ -22,6 +22,11 @@ def peak_rss(pid="self"):
     return _field(f"/proc/{pid}/status", "VmHWM")
 
 
+def files(pid="self"):
+    """Of rss(): pages of mapped files, in practice the code of libraries, shared by all processes that run it."""
+    return _field(f"/proc/{pid}/status", "RssFile")
+
+
 def pss(pid="self"):
     """Anonymous and shared memory only: the share of library code changes whenever any process starts or ends."""
     path = f"/proc/{pid}/smaps_rollup"

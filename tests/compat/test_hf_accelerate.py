@@ -138,6 +138,15 @@ def test_save_state_and_load_state(stage, folder):
     assert_close(begun + rest, through)
 
 
+def _update(runs, model, optimizer, x, aim):
+    """The loss."""
+    loss = nn.functional.cross_entropy(model(x), aim)
+    runs.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def _distil(student_stage, teacher_stage):
     """A student learns from a teacher; both engines live in one process under one Accelerator."""
     training.forget_accelerate()
@@ -159,11 +168,7 @@ def _distil(student_stage, teacher_stage):
     for x, _ in batches:
         with torch.no_grad():
             aim = teacher(x).softmax(-1)
-        loss = nn.functional.cross_entropy(student(x), aim)
-        runs.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(_update(runs, student, optimizer, x, aim))
     return losses
 
 
@@ -192,11 +197,7 @@ def _two_trained(stages):
     losses = []
     for x, y in batches:
         for each, model, optimizer in zip(runs, models, optimizers):
-            loss = nn.functional.cross_entropy(model(x), y)
-            each.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(_update(each, model, optimizer, x, y))
     return losses
 
 
