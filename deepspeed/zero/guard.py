@@ -69,7 +69,7 @@ def _changes_nothing(func, parameter, args, kwargs):
     else:
         dtype = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}[name]
     mine = parameter.device
-    same_device = device is None or (device.type == mine.type and device.index in (None, mine.index))
+    same_device = device is None or (device.type == mine.type and (device.index in (None, mine.index) or mine.type == "cpu"))
     return same_device and dtype in (None, parameter.dtype)
 
 

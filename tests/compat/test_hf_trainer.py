@@ -76,6 +76,16 @@ def test_fp16(lora, folder):
 
 
 @on_ranks(2, timeout=TIMEOUT_S)
+@pytest.mark.parametrize("settings", [dict(bf16_full_eval=True), dict(fp16=True, fp16_full_eval=True)], ids=["bf16", "fp16"])
+def test_the_whole_evaluation_in_half_precision(settings, folder):
+    """Trainer calls to(dtype, device) on a model that is sharded, before and after training."""
+    plain = training.train("llama", folder, None, save=False, max_steps=3, **settings)
+    for stage in (2, 3):
+        found = training.train("llama", folder, stage, save=False, max_steps=3, **settings)
+        assert training.worst([found.eval_loss], [plain.eval_loss]) <= 2**-8, stage
+
+
+@on_ranks(2, timeout=TIMEOUT_S)
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_steps_that_overflow_in_fp16_change_nothing_not_even_the_schedule(stage, folder):
     """Every step sees the same samples: without the skipped ones, it is the run that skips none."""

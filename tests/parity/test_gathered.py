@@ -276,6 +276,14 @@ def test_touching_a_freed_parameter_is_an_error_that_names_it():
 
 
 @on_ranks(2)
+def test_conversions_to_what_a_freed_parameter_is_give_it_back():
+    weight = sharded().module.head.weight
+    for same in (weight.float(), weight.cpu(), weight.to("cpu"), weight.to(torch.float32), weight.to(torch.device("cpu", dist.get_rank()), torch.float32)):
+        assert same is weight
+    assert weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
+
+
+@on_ranks(2)
 def test_printing_is_no_access():
     model = sharded().module
     assert "head.weight" in repr(model.head.weight) and "head.weight" in str(model.head.weight) and "head.weight" in f"{model.head.weight}"
