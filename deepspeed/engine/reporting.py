@@ -57,7 +57,7 @@ class Reporting:
             print_memory("after initialize")
         if self._managed is not None and self._managed.tiers != IN_MEMORY and self._managed.optimizer is not None:
             lines = "\n".join(places_table(self._managed.optimizer))
-            logs.log_dist(f"where the state of training rests, on each rank:\n{lines}", ranks=[0])
+            logs.report(f"where the state of training rests, on each rank:\n{lines}")
         if self._config.dump_state:
             lines = [f"  {name} = {value}" for name, value in self.dump_state().items()]
             logs.report("\n".join([f"{type(self).__name__} after initialize:", *lines]))
