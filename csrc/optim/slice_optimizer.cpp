@@ -215,11 +215,11 @@ void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Segment>& r
                                  float grad_scale) {
   const at::Tensor remote = view.low;
   if (!uploads_) uploads_ = std::make_unique<StagingRing>(remote.device(), rest_->pinned(), 2);
-  const int buffer = uploads_->take(static_cast<int64_t>(remote.nbytes()));
-  view.low = uploads_->memory(buffer).narrow(0, 0, static_cast<int64_t>(remote.nbytes())).view(remote.scalar_type());
+  StagingBuffer& buffer = uploads_->take();
+  view.low = buffer.memory(static_cast<int64_t>(remote.nbytes())).view(remote.scalar_type());
   step_runs(view, runs, groups, grad, grad_scale);
   for (const Segment& run : runs) part(remote, run).copy_(part(view.low, run), /*non_blocking=*/true);
-  uploads_->mark(buffer);
+  buffer.mark();
 }
 
 // What the update touched of files that are mapped leaves memory.

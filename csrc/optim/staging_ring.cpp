@@ -8,31 +8,29 @@
 
 namespace ds::optim {
 
-StagingRing::StagingRing(at::Device device, bool pinned, int buffers)
-    : device_(device), pinned_(pinned && !device.is_cpu()), slots_(static_cast<size_t>(buffers)) {}
-
-int StagingRing::take(int64_t bytes) {
-  const int buffer = next_;
-  next_ = (next_ + 1) % buffers();
-  wait(buffer);
-  at::Tensor& memory = slots_[static_cast<size_t>(buffer)].memory;
-  if (!memory.defined() || memory.numel() < bytes) {
-    memory = at::Tensor();   // before the larger one is there
-    memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(pinned_));
+at::Tensor StagingBuffer::memory(int64_t bytes) {
+  if (!memory_.defined() || memory_.numel() < bytes) {
+    memory_ = at::Tensor();   // before the larger one is there
+    memory_ = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(pinned_));
   }
-  return buffer;
+  return memory_.narrow(0, 0, bytes);
 }
 
-void StagingRing::mark(int buffer) {
+void StagingBuffer::mark() {
   if (device_.is_cpu()) return;
-  auto& copied = slots_.at(static_cast<size_t>(buffer)).copied;
-  if (!copied) copied.emplace(device_.type());
-  copied->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  if (!copied_) copied_.emplace(device_.type());
+  copied_->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
 }
 
-void StagingRing::wait(int buffer) {
-  auto& copied = slots_.at(static_cast<size_t>(buffer)).copied;
-  if (copied) copied->synchronize();
+StagingRing::StagingRing(at::Device device, bool pinned, int buffers) {
+  for (int i = 0; i < buffers; ++i) buffers_.emplace_back(device, pinned);
+}
+
+StagingBuffer& StagingRing::take() {
+  StagingBuffer& buffer = buffers_[next_];
+  next_ = (next_ + 1) % buffers_.size();
+  buffer.wait();
+  return buffer;
 }
 
 void StagingRing::send(const at::Tensor& dst, const at::Tensor& src) {
@@ -40,20 +38,12 @@ void StagingRing::send(const at::Tensor& dst, const at::Tensor& src) {
   const int64_t element = static_cast<int64_t>(src.element_size()), most = kPieceBytes / element;
   for (int64_t begin = 0; begin < src.numel(); begin += most) {
     const int64_t numel = std::min(most, src.numel() - begin);
-    const int buffer = take(numel * element);
-    const at::Tensor piece = memory(buffer).narrow(0, 0, numel * element).view(src.scalar_type());
+    StagingBuffer& buffer = take();
+    const at::Tensor piece = buffer.memory(numel * element).view(src.scalar_type());
     piece.copy_(src.narrow(0, begin, numel));
     dst.narrow(0, begin, numel).copy_(piece, /*non_blocking=*/true);
-    mark(buffer);
+    buffer.mark();
   }
-}
-
-int64_t StagingRing::bytes() const {
-  int64_t total = 0;
-  for (const Slot& slot : slots_) {
-    if (slot.memory.defined()) total += slot.memory.numel();
-  }
-  return total;
 }
 
 }  // namespace ds::optim

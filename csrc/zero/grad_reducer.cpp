@@ -31,6 +31,8 @@ at::Tensor flat_like(const at::Tensor& grad, const at::Tensor& param) {
   return grad.contiguous().view({grad.numel()});
 }
 
+constexpr size_t kDescents = 4;   // contributions on their way down to the host at a time
+
 bool kernel_dtype(at::ScalarType t) { return t == at::kFloat || t == at::kHalf || t == at::kBFloat16; }
 
 }  // namespace
@@ -275,28 +277,32 @@ void GradReducer::sink(int f, const void* const* srcs, int nsrc) {
 
 // The contributions as they are, on the stream that the sink was called with; their sum is taken on the host.
 void GradReducer::send_down(int f, const void* const* srcs, int nsrc) {
-  constexpr int kBuffers = 4;
-  if (!downloads_) downloads_ = std::make_unique<optim::StagingRing>(store_.device(), options_.rest->pinned(), kBuffers);
-  if (static_cast<int>(descents_.size()) == kBuffers) add_oldest();
+  // More than that only where waiting is not allowed, see Note [Waiting in the middle of backward].
+  while (descents_.size() >= kDescents && (may_wait() || descents_.front().buffer.done())) add_oldest();
+  if (free_.empty()) free_.emplace_back(store_.device(), options_.rest->pinned());
+  Descent descent{f, nsrc, round_scale_, std::move(free_.back())};
+  free_.pop_back();
   const int64_t bytes = flats_[f].slice.numel() * element_bytes(flats_[f].comm_dtype);
-  const int buffer = downloads_->take(bytes * nsrc);
+  const at::Tensor memory = descent.buffer.memory(bytes * nsrc);
   const auto options = at::TensorOptions().dtype(at::kByte).device(store_.device());
   for (int r = 0; r < nsrc; ++r) {
     const at::Tensor source = at::from_blob(const_cast<void*>(srcs[r]), {bytes}, options);
-    downloads_->memory(buffer).narrow(0, r * bytes, bytes).copy_(source, /*non_blocking=*/true);
+    memory.narrow(0, r * bytes, bytes).copy_(source, /*non_blocking=*/true);
   }
-  downloads_->mark(buffer);
-  descents_.push_back({f, buffer, nsrc, round_scale_});
+  descent.buffer.mark();
+  descents_.push_back(std::move(descent));
 }
 
 void GradReducer::add_oldest() {
-  const Descent d = descents_.front();
+  Descent d = std::move(descents_.front());
   descents_.pop_front();
-  downloads_->wait(d.buffer);
+  d.buffer.wait();
   const int64_t bytes = flats_[d.flat].slice.numel() * element_bytes(flats_[d.flat].comm_dtype);
+  const char* memory = static_cast<const char*>(d.buffer.memory(bytes * d.nsrc).data_ptr());
   std::vector<const void*> srcs;
-  for (int r = 0; r < d.nsrc; ++r) srcs.push_back(static_cast<const char*>(downloads_->memory(d.buffer).data_ptr()) + r * bytes);
+  for (int r = 0; r < d.nsrc; ++r) srcs.push_back(memory + r * bytes);
   add(d.flat, srcs.data(), d.nsrc, d.scale);
+  if (free_.size() < kDescents) free_.push_back(std::move(d.buffer));
 }
 
 void GradReducer::add(int f, const void* const* srcs, int nsrc, double scale) {

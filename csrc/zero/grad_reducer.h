@@ -145,12 +145,12 @@ class GradReducer {
   // Accumulators on the host, gradients on a device: contributions on their way down, oldest first. They are added when they have arrived.
   struct Descent {
     int flat;
-    int buffer;
     int nsrc;
     double scale;
+    optim::StagingBuffer buffer;
   };
   std::deque<Descent> descents_;
-  std::unique_ptr<optim::StagingRing> downloads_;
+  std::vector<optim::StagingBuffer> free_;
   bool in_round_ = false;
   bool flushing_ = false;
   bool deferred_ = false;
