@@ -23,6 +23,7 @@ py::dict as_dict(const MemoryUse& use) {
   d["optimizer_state"] = use.optimizer_state;
   d["gathered_units"] = use.gathered_units;
   d["buckets"] = use.buckets;
+  d["staging"] = use.staging;
   return d;
 }
 
@@ -40,6 +41,15 @@ py::dict estimate_dict(const std::vector<Module>& tree, const std::vector<std::v
   py::dict d;
   d["device"] = as_dict(found.device);
   d["host"] = as_dict(found.host);
+  d["file"] = as_dict(found.file);
+  py::dict tiers;
+  tiers["to_host"] = found.tiers.to_host;
+  tiers["from_host"] = found.tiers.from_host;
+  tiers["file_read"] = found.tiers.file_read;
+  tiers["file_written"] = found.tiers.file_written;
+  tiers["mapped_read"] = found.tiers.mapped_read;
+  tiers["mapped_written"] = found.tiers.mapped_written;
+  d["tiers"] = tiers;
   py::list traffic;
   for (const Traffic& t : found.traffic) traffic.append(py::make_tuple(t.phase, t.number, t.bytes, t.sent_bytes));
   d["traffic"] = traffic;
@@ -52,6 +62,18 @@ py::dict estimate_dict(const std::vector<Module>& tree, const std::vector<std::v
 }  // namespace
 
 void bind_plan(py::module_& m) {
+  py::enum_<Tier>(m, "Tier", "Where bytes rest while nobody uses them.")
+      .value("none", Tier::Device)
+      .value("cpu", Tier::Host)
+      .value("nvme", Tier::File);
+  py::class_<Offload>(m, "Offload", "What rests where; see csrc/plan/memory.h.")
+      .def(py::init<>())
+      .def_readwrite("states", &Offload::states)
+      .def_readwrite("params", &Offload::params)
+      .def_readwrite("states_share", &Offload::states_share)
+      .def_readwrite("params_in_memory", &Offload::params_in_memory)
+      .def_readwrite("buffers", &Offload::buffers)
+      .def_readwrite("tile_bytes", &Offload::tile_bytes);
   py::class_<Partition>(m, "Partition", "What is divided among whom; see csrc/plan/memory.h.")
       .def(py::init<>())
       .def_readwrite("ranks", &Partition::ranks)
@@ -64,8 +86,7 @@ void bind_plan(py::module_& m) {
       .def_readwrite("accumulation", &Partition::accumulation)
       .def_readwrite("on_host", &Partition::on_host)
       .def_readwrite("prefetch", &Partition::prefetch)
-      .def_readwrite("offload_states", &Partition::offload_states)
-      .def_readwrite("offload_params", &Partition::offload_params);
+      .def_readwrite("offload", &Partition::offload);
   m.def("estimate", &estimate_dict, py::arg("tree"), py::arg("params"), py::arg("budget"), py::arg("partition"),
         "Bytes a rank holds by kind, and traffic a step. params: for each module the (numel, element bytes, trainable) it owns.");
   py::class_<Module>(m, "PlanModule", "One module of the tree, in pre-order; see plan_units.")

@@ -14,11 +14,14 @@ namespace ds::plan {
 namespace {
 
 constexpr int64_t kFloatBytes = 4;
+constexpr int kFewestTiles = 3;   // one read, one worked on, one written
 
 struct FlatSize {
   FlatLayout layout;
   int64_t element_bytes = 4;
   bool trainable = true;
+  Tier states = Tier::Device;
+  Tier params = Tier::Device;
   int64_t full_bytes() const { return layout.numel() * element_bytes; }
   int64_t shard_bytes() const { return layout.shard_numel * element_bytes; }
 };
@@ -30,6 +33,9 @@ struct UnitSize {
   int first = 0;   // the pre-order positions between which it is in use: [first, last)
   int last = 0;
 };
+
+// A gradient element on its way to the reduction.
+int64_t reduced_bytes(const FlatSize& flat, const Partition& p) { return p.reduce_bytes > 0 ? p.reduce_bytes : flat.element_bytes; }
 
 // One past the last module of each subtree.
 std::vector<int> subtree_ends(const std::vector<Module>& tree) {
@@ -143,23 +149,117 @@ class GatherReplay {
   int64_t allocated_ = 0;
 };
 
-MemoryUse by_kind(const std::vector<UnitSize>& units, const Partition& p, bool sharded, int modules) {
-  MemoryUse use;
+// Where each flat rests, by the rules of the store: flat by flat, states as long as their share is not reached, shards in memory as long as
+// they are few enough.
+void settle(std::vector<UnitSize>& units, const Partition& p) {
+  int64_t trained = 0, resting = 0, in_memory = 0;
+  for (UnitSize& unit : units) {
+    for (FlatSize& flat : unit.flats) {
+      const int64_t shard = flat.layout.shard_numel;
+      if (flat.trainable && p.offload.states != Tier::Device) {
+        trained += shard;
+        if (static_cast<double>(resting + shard) <= p.offload.states_share * static_cast<double>(trained)) {
+          resting += shard;
+          flat.states = p.offload.states;
+        }
+      }
+      in_memory += shard;
+      if (!p.on_host || in_memory > p.offload.params_in_memory) flat.params = p.offload.params;
+    }
+  }
+}
+
+// Ranks on the host have all that is not in files where the model runs.
+MemoryUse& tier_of(Estimate& result, const Partition& p, Tier tier) {
+  if (tier == Tier::File) return result.file;
+  return tier == Tier::Host && !p.on_host ? result.host : result.device;
+}
+
+bool has_master(const FlatSize& flat, const Partition& p) {
+  // An fp32 parameter is its own master, unless it is on an accelerator and its states are not.
+  return flat.element_bytes < kFloatBytes || (!p.on_host && flat.states != Tier::Device && flat.params == Tier::Device);
+}
+
+// Arrays that the step over states in a file streams. A parameter that is its own master is reached through its mapping.
+int64_t streamed_arrays(const FlatSize& flat, const Partition& p) { return p.states + (has_master(flat, p) ? 1 : 0); }
+
+// Memory of the step's tiles over states in files.
+int64_t tile_memory(const std::vector<UnitSize>& units, const Partition& p) {
+  const int64_t most = p.offload.tile_bytes / kFloatBytes;
+  int64_t tiles = 0, slot = 0;
+  for (const UnitSize& unit : units) {
+    for (const FlatSize& flat : unit.flats) {
+      if (!flat.trainable || flat.states != Tier::File) continue;
+      tiles += ceil_div(flat.layout.shard_numel, most);
+      const int64_t bytes = round_up(std::min(flat.layout.shard_numel, most) * kFloatBytes, kReservePageBytes);
+      slot = std::max(slot, streamed_arrays(flat, p) * bytes);
+    }
+  }
+  return std::min<int64_t>(tiles, p.offload.buffers) * slot;
+}
+
+// Rings that values pass through between an accelerator and the host.
+int64_t ring_memory(const std::vector<UnitSize>& units, const Partition& p) {
+  constexpr int64_t kDownloads = 4, kUploads = 2, kShardUploads = 3, kPieceBytes = int64_t{16} << 20;
+  int64_t down = 0, up = 0, shards = 0;
+  for (const UnitSize& unit : units) {
+    for (const FlatSize& flat : unit.flats) {
+      if (flat.params != Tier::Device) shards = std::max(shards, std::min(flat.shard_bytes(), kPieceBytes));
+      if (!flat.trainable || flat.states == Tier::Device) continue;
+      down = std::max(down, flat.layout.shard_numel * reduced_bytes(flat, p));
+      if (flat.params == Tier::Device) {
+        up = std::max(up, std::min(flat.layout.shard_numel, p.offload.tile_bytes / kFloatBytes) * flat.element_bytes);
+      }
+    }
+  }
+  return kDownloads * down + kUploads * up + kShardUploads * shards;
+}
+
+void by_kind(Estimate& result, const std::vector<UnitSize>& units, const Partition& p, bool sharded, int modules) {
   int64_t largest = 0;
   for (const UnitSize& unit : units) {
     for (const FlatSize& flat : unit.flats) {
-      use.parameters += sharded ? flat.shard_bytes() : flat.full_bytes();
+      tier_of(result, p, flat.params).parameters += sharded ? flat.shard_bytes() : flat.full_bytes();
       if (!flat.trainable) continue;
       const int64_t owned = p.partial_step ? flat.layout.shard_numel : flat.layout.numel();
-      use.gradients += kFloatBytes * owned;
-      if (flat.element_bytes < kFloatBytes) use.master_weights += kFloatBytes * owned;
-      use.optimizer_state += kFloatBytes * p.states * owned;
-      largest = std::max(largest, flat.layout.numel() * (p.reduce_bytes > 0 ? p.reduce_bytes : flat.element_bytes));
+      MemoryUse& states = tier_of(result, p, flat.states);
+      states.gradients += kFloatBytes * owned;
+      if (has_master(flat, p)) states.master_weights += kFloatBytes * owned;
+      states.optimizer_state += kFloatBytes * p.states * owned;
+      largest = std::max(largest, flat.layout.numel() * reduced_bytes(flat, p));
     }
   }
-  if (largest > 0) use.buckets = bucket_bytes(largest).total;
-  if (sharded) use.gathered_units = GatherReplay(units, p).run(modules);
-  return use;
+  if (largest > 0) result.device.buckets = bucket_bytes(largest).total;
+  if (sharded) result.device.gathered_units = GatherReplay(units, p).run(modules);
+  tier_of(result, p, Tier::Host).staging = tile_memory(units, p) + (p.on_host ? 0 : ring_memory(units, p));
+}
+
+TierTraffic tier_traffic(const std::vector<UnitSize>& units, const Partition& p) {
+  TierTraffic t;
+  for (const UnitSize& unit : units) {
+    for (const FlatSize& flat : unit.flats) {
+      const int64_t slice = flat.layout.shard_numel * kFloatBytes;
+      if (flat.params != Tier::Device && (flat.params == Tier::File || !p.on_host)) {
+        const int64_t gathers = unit.persistent ? (flat.trainable ? 1 : 0) : 2 * p.accumulation;
+        if (!p.on_host) t.from_host += gathers * flat.shard_bytes();
+        if (flat.params == Tier::File) t.mapped_read += gathers * flat.shard_bytes();
+      }
+      if (!flat.trainable) continue;
+      if (flat.params == Tier::File) t.mapped_written += flat.shard_bytes();
+      if (flat.params == Tier::File && !has_master(flat, p)) t.mapped_read += flat.shard_bytes();
+      if (flat.states == Tier::Device) continue;
+      if (!p.on_host) {
+        t.to_host += p.accumulation * flat.layout.shard_numel * reduced_bytes(flat, p);
+        if (flat.params == Tier::Device) t.from_host += flat.shard_bytes();
+      }
+      if (flat.states != Tier::File) continue;
+      t.file_read += streamed_arrays(flat, p) * slice;
+      t.file_written += streamed_arrays(flat, p) * slice;
+      t.mapped_written += p.accumulation * slice;   // each micro-batch adds to the gradient slice,
+      t.mapped_read += p.accumulation * slice;      // the first without reading it; the step reads it
+    }
+  }
+  return t;
 }
 
 class TrafficSum {
@@ -193,7 +293,7 @@ std::vector<Traffic> traffic_of(const std::vector<UnitSize>& units, const Partit
         sum.add("gather_backward", flat.full_bytes(), p.accumulation);
       }
       if (!flat.trainable) continue;
-      sum.add("reduce", flat.layout.numel() * (p.reduce_bytes > 0 ? p.reduce_bytes : flat.element_bytes), p.accumulation);
+      sum.add("reduce", flat.layout.numel() * reduced_bytes(flat, p), p.accumulation);
       if (!p.partial_step) sum.add("gather_grads", flat.layout.numel() * kFloatBytes, 1);
       if (p.partial_step && (!sharded || unit.persistent)) sum.add("gather_updated", flat.full_bytes(), 1);
       const int64_t slice = flat.layout.shard_numel * kFloatBytes;
@@ -203,10 +303,28 @@ std::vector<Traffic> traffic_of(const std::vector<UnitSize>& units, const Partit
   return sum.rows();
 }
 
+// The host is the device of ranks on the host; states follow the parameters from an accelerator.
+Partition with_what_follows(Partition p) {
+  for (Tier* tier : {&p.offload.states, &p.offload.params}) {
+    if (p.on_host && *tier == Tier::Host) *tier = Tier::Device;
+  }
+  if (!p.on_host && p.offload.params != Tier::Device) {
+    if (p.offload.states == Tier::Device) p.offload.states = Tier::Host;
+    p.offload.states_share = 1;
+  }
+  p.offload.buffers = std::max(p.offload.buffers, kFewestTiles);
+  return p;
+}
+
 void check(const ModelSizes& model, const Partition& p) {
   DS_CHECK_VALUE(p.ranks >= 1 && p.replicas >= 1, "estimate: " << p.ranks << " ranks, " << p.replicas << " replicas; at least 1 of each");
   DS_CHECK_VALUE(p.accumulation >= 1, "estimate: " << p.accumulation << " micro-batches a step; at least 1");
   DS_CHECK_VALUE(p.partial_step || !p.shard_params, "estimate: parameters are divided only together with the step");
+  DS_CHECK_VALUE(p.partial_step || p.offload.states == Tier::Device, "estimate: states rest elsewhere only where the step is divided");
+  DS_CHECK_VALUE(p.shard_params || p.offload.params == Tier::Device, "estimate: parameters rest elsewhere only where they are divided");
+  DS_CHECK_VALUE(p.offload.states_share >= 0 && p.offload.states_share <= 1, "estimate: a share of " << p.offload.states_share);
+  DS_CHECK_VALUE(p.offload.tile_bytes >= kReservePageBytes && p.offload.tile_bytes % kReservePageBytes == 0,
+                 "estimate: tiles of " << p.offload.tile_bytes << " bytes; a multiple of " << kReservePageBytes);
   DS_CHECK_VALUE(model.tree.size() == model.params.size(),
                  "estimate: " << model.tree.size() << " modules, but parameters for " << model.params.size());
   for (size_t m = 0; m < model.tree.size(); ++m) {
@@ -222,19 +340,16 @@ void check(const ModelSizes& model, const Partition& p) {
 
 }  // namespace
 
-Estimate estimate(const ModelSizes& model, UnitBudget budget, const Partition& partition) {
-  check(model, partition);
-  // One rank owns everything anyway: nothing to free, nothing to gather.
-  const bool sharded = partition.shard_params && partition.ranks > 1;
-  const std::vector<UnitSize> units = size_units(model, budget, partition);
+Estimate estimate(const ModelSizes& model, UnitBudget budget, const Partition& requested) {
+  check(model, requested);
+  const Partition partition = with_what_follows(requested);
+  // One rank owns everything anyway: nothing to free, nothing to gather, unless the shards rest elsewhere.
+  const bool sharded = partition.shard_params && (partition.ranks > 1 || partition.offload.params != Tier::Device);
+  std::vector<UnitSize> units = size_units(model, budget, partition);
+  settle(units, partition);
   Estimate result;
-  result.device = by_kind(units, partition, sharded, static_cast<int>(model.tree.size()));
-  if (partition.offload_states) {
-    for (auto kind : {&MemoryUse::gradients, &MemoryUse::master_weights, &MemoryUse::optimizer_state}) {
-      std::swap(result.device.*kind, result.host.*kind);
-    }
-  }
-  if (partition.offload_params) std::swap(result.device.parameters, result.host.parameters);
+  by_kind(result, units, partition, sharded, static_cast<int>(model.tree.size()));
+  result.tiers = tier_traffic(units, partition);
   result.traffic = traffic_of(units, partition, sharded);
   result.units = static_cast<int64_t>(units.size());
   for (const UnitSize& unit : units) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How many bytes a rank holds for a model, by kind, and how many it sends in a step. Integers only: the same units, flats,
+// How many bytes a rank holds for a model, by kind and tier, and how many it sends and moves in a step. Integers only: the same units, flats,
 // shards, buckets and buffers that the engine makes, for a model that need not exist.
 #pragma once
 
@@ -23,6 +23,18 @@ struct ModelSizes {
   std::vector<std::vector<ParamSize>> params;
 };
 
+// Where bytes rest while nobody uses them: where the model runs, in the host's memory, in a file.
+enum class Tier { Device, Host, File };
+
+struct Offload {
+  Tier states = Tier::Device;      // gradient slices, master weights and optimizer state
+  Tier params = Tier::Device;      // the parameters' shards
+  double states_share = 1;         // of the trained elements, whose states rest there
+  int64_t params_in_memory = 0;    // for shards in files of ranks on the host: elements of a rank's that stay in memory
+  int buffers = 4;                 // tiles of the step over states in files
+  int64_t tile_bytes = int64_t{4} << 20;   // of one array
+};
+
 struct Partition {
   int ranks = 1;                   // that a flat is cut over
   int replicas = 1;                // groups of such ranks (hybrid sharding)
@@ -35,8 +47,7 @@ struct Partition {
   int64_t align_numel = 64;
   bool on_host = false;            // the device is the host itself: buffers are rounded to its pages
   bool prefetch = true;            // the next unit is gathered while one computes; shared memory pulls and does not
-  bool offload_states = false;     // gradients, master weights and optimizer state rest on the host
-  bool offload_params = false;     // so do the parameters' shards
+  Offload offload;                 // with on_host Tier::Host is where things are anyway
 };
 
 // Bytes by kind.
@@ -47,7 +58,15 @@ struct MemoryUse {
   int64_t optimizer_state = 0;
   int64_t gathered_units = 0;   // buffers for units in use, and units that stay gathered
   int64_t buckets = 0;          // gradients on their way
-  int64_t total() const { return parameters + gradients + master_weights + optimizer_state + gathered_units + buckets; }
+  int64_t staging = 0;          // what passes between tiers: tiles of the step, rings of transfers
+  int64_t total() const { return parameters + gradients + master_weights + optimizer_state + gathered_units + buckets + staging; }
+};
+
+// Bytes of one rank between tiers in a step.
+struct TierTraffic {
+  int64_t to_host = 0, from_host = 0;          // between an accelerator and the host's memory
+  int64_t file_read = 0, file_written = 0;     // past the page cache, in every step
+  int64_t mapped_read = 0, mapped_written = 0; // through it: they reach the disk as far as memory has no room for them
 };
 
 // All collectives of one phase in one step. `bytes` counts whole flats; a ring sends (ranks - 1) / ranks of them.
@@ -59,7 +78,8 @@ struct Traffic {
 };
 
 struct Estimate {
-  MemoryUse device, host;
+  MemoryUse device, host, file;
+  TierTraffic tiers;
   std::vector<Traffic> traffic;
   int64_t numel = 0;
   int64_t units = 0;

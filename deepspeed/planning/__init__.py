@@ -8,6 +8,6 @@
 from deepspeed._lazy import attach, names
 
 __getattr__, __dir__, __all__ = attach(__name__, {
-    **names("deepspeed.planning.plan", "plan", "Plan", "Choice"),
+    **names("deepspeed.planning.plan", "plan", "Plan", "Choice", "Room"),
     **names("deepspeed.planning.shape", "Shape"),
 })

@@ -29,7 +29,9 @@ def _parser():
     add("--gpus", "--num_gpus", type=int, default=1, metavar="N", help="GPUs of all nodes together (default: %(default)s)")
     add("--nodes", "--num_nodes", type=int, metavar="N", help="nodes they are in (default: 8 GPUs each)")
     add("--gpu_memory", type=kind(size_bytes), metavar="SIZE", help="memory of one GPU, e.g. 80GB: says what fits")
-    add("--host_memory", type=kind(size_bytes), metavar="SIZE", help="memory of one node, for offload")
+    add("--host_memory", type=kind(size_bytes), metavar="SIZE", help="memory of one node, for offload; with --device cpu all there is")
+    add("--disk", type=kind(size_bytes), metavar="SIZE", help="free on the disk of one node, for offload to nvme")
+    add("--here", action="store_true", help="nodes are like this machine: its GPUs' memory, its available memory, free space of nvme_path")
     add("--reserved", type=kind(size_bytes), metavar="SIZE", help="kept free in each GPU (default: 1.5GB)")
     add("--activations", type=kind(size_bytes), metavar="SIZE", help="of one micro-batch on one GPU")
     add("--seq_length", type=int, metavar="S", help="tokens a sequence: estimates the activations")
@@ -71,6 +73,22 @@ def _positive(parser, arguments):
             parser.error(f"argument --{name}: must be at least 1, got {value}")
 
 
+def _room(arguments, made):
+    """What the command line says there is; the rest from this machine with --here."""
+    from deepspeed.planning.machine import room_here
+    from deepspeed.planning.plan import RESERVED_BYTES, Room
+    given = Room(arguments.gpu_memory, RESERVED_BYTES if arguments.device == "cuda" else 0, arguments.host_memory, arguments.disk)
+    if arguments.device == "cpu" and arguments.host_memory:
+        mine = arguments.host_memory * made.nodes // made.gpus
+        given = given._replace(device_bytes=min(mine, arguments.gpu_memory or mine), host_bytes=None)
+    if arguments.here:
+        if arguments.gpu_memory and arguments.device == "cuda" and arguments.host_memory and arguments.disk:
+            return given
+        found = room_here(made)
+        given = Room(*(mine if mine is not None else here for mine, here in zip(given, found)))
+    return given._replace(reserved_bytes=arguments.reserved) if arguments.reserved is not None else given
+
+
 def run(argv):
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -78,21 +96,18 @@ def run(argv):
     if (arguments.params is None) == (arguments.model is None):
         parser.error("give either --params N or --model MODULE:FACTORY")
     from deepspeed.planning import table
-    from deepspeed.planning.plan import RESERVED_BYTES, plan
+    from deepspeed.planning.plan import plan
     made = plan(arguments.config, arguments.params, model=_load_model(arguments.model) if arguments.model else None, gpus=arguments.gpus,
                 nodes=arguments.nodes, layers=arguments.layers, hidden=arguments.hidden, activations=arguments.activations,
                 seq_length=arguments.seq_length, recompute=arguments.recompute, micro_batch=arguments.micro_batch, device=arguments.device)
-    memory = arguments.gpu_memory
-    reserved = arguments.reserved if arguments.reserved is not None else RESERVED_BYTES if arguments.device == "cuda" else 0
+    room = _room(arguments, made)
     if arguments.json:
-        lines = [json.dumps(table.as_json(made), indent=1)]
+        lines = [json.dumps(table.as_json(made, room), indent=1)]
     else:
-        lines = [*table.heading(made), "", *table.table(made, memory, reserved, arguments.host_memory), "",
-                 *(table.advice(made, memory, reserved, arguments.host_memory) if memory else []),
-                 *table.legend(made, reserved, memory, arguments.host_memory)]
+        lines = [*table.heading(made), "", *table.table(made, room), "", *table.advice(made, room), *table.legend(made, room)]
     if arguments.picture:
         from deepspeed.planning.picture import draw
-        draw(made, arguments.picture, memory, table.heading(made)[0])
+        draw(made, arguments.picture, room.device_bytes, table.heading(made)[0])
         if not arguments.json:
             lines.append(f"Drawn to {arguments.picture}.")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -92,10 +92,41 @@ def test_bytes_by_kind_and_traffic(stage, precision):
     cfg = config(stage, precision, accumulation=2)
     choice = planned(cfg)
     for held, moved in run(held_and_moved, 2, cfg):
-        assert held == choice.device
+        assert held == {kind: choice.device[kind] for kind in held} and choice.device["staging"] == 0
         for phase, number, size, _ in choice.traffic:
             assert moved[phase] == (number, size), phase
         assert not {phase for phase in moved if phase.startswith(("gather", "reduce"))} - {row[0] for row in choice.traffic}
+
+
+def held_by_tier(cfg):
+    from deepspeed.zero.accounting import held_bytes
+    engine = engine_of(cfg, steps=2)
+    managed, store = engine._managed, engine._managed.store.bytes()
+    rest = managed.tiers.rest
+    files = {"parameters": store["parameters_in_files"], "gradients": 0, "master_weights": 0, "optimizer_state": 0}
+    for number, s in enumerate(engine.optimizer.slices):
+        for kind, tensors in (("gradients", [managed.reducer.grad_slice(s.flat)]), ("optimizer_state", engine.optimizer.stepper.memory_of(number)),
+                              ("master_weights", [s.master] if s.low is not None else [])):
+            files[kind] += sum(t.nbytes for t in tensors if managed.rests_in_file(t))
+    staging = rest.buffer_bytes if rest is not None else 0
+    held = held_bytes(engine.optimizer)
+    engine.destroy()
+    return held, files, staging
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage, optimizer, parameters", [(1, {"ratio": 1.0}, None), (2, {"buffer_count": 3}, None), (3, {}, None), (3, {"ratio": 0.4}, None),
+                                                          (3, None, {"max_in_cpu": 10**6}), (3, {}, {"max_in_cpu": 0})])
+def test_bytes_of_each_tier(stage, optimizer, parameters, precision, tmp_path):
+    """What rests in files, what stays in memory, and the memory of the step over files."""
+    sections = {name: {"device": "nvme", "nvme_path": str(tmp_path), **section}
+                for name, section in (("offload_optimizer", optimizer), ("offload_param", parameters)) if section is not None}
+    cfg = config(stage, precision, **sections)
+    choice = planned(cfg)
+    for held, files, staging in run(held_by_tier, 2, cfg):
+        assert files == {kind: choice.file[kind] for kind in files}
+        assert staging == choice.device["staging"]
+        assert held == {kind: choice.device[kind] + choice.file[kind] for kind in held}
 
 
 def private_bytes():

@@ -115,15 +115,142 @@ TEST(Memory, MoreRanksNeverNeedMore) {
   }
 }
 
-TEST(Memory, OffloadMovesAndLosesNothing) {
+Partition offloaded(int stage, int ranks, Tier states, Tier params, bool on_host) {
+  Partition p = partition(stage, ranks);
+  p.offload.states = states;
+  p.offload.params = params;
+  p.on_host = on_host;
+  return p;
+}
+
+int64_t resting(const MemoryUse& use) { return use.parameters + use.gradients + use.master_weights + use.optimizer_state; }
+
+TEST(Offload, MovesAndLosesNothing) {
   const ModelSizes model = model_of(6, kMega, kMega, 2);
-  Partition p = partition(3, 4);
-  const MemoryUse without = estimate(model, kBlocks, p).device;
-  p.offload_states = true;
-  p.offload_params = true;
-  const Estimate with = estimate(model, kBlocks, p);
-  EXPECT_EQ(with.device.total() + with.host.total(), without.total());
-  EXPECT_EQ(with.device.total(), without.gathered_units + without.buckets);
+  const MemoryUse without = device(model, 3, 4);
+  for (Tier tier : {Tier::Host, Tier::File}) {
+    const Estimate with = estimate(model, kBlocks, offloaded(3, 4, tier, tier, false));
+    EXPECT_EQ(resting(with.device), 0);
+    EXPECT_EQ(with.device.total(), without.gathered_units + without.buckets);
+    EXPECT_EQ(resting(tier == Tier::Host ? with.host : with.file), resting(without));
+    EXPECT_EQ(resting(tier == Tier::Host ? with.file : with.host), 0);
+    EXPECT_GT(with.host.staging, 0);
+  }
+}
+
+TEST(Offload, TheHostIsWhereItsRanksAre) {
+  const ModelSizes model = model_of(6, kMega, kMega, 2);
+  const Estimate plain = estimate(model, kBlocks, offloaded(3, 4, Tier::Device, Tier::Device, true));
+  const Estimate host = estimate(model, kBlocks, offloaded(3, 4, Tier::Host, Tier::Host, true));
+  EXPECT_EQ(host.device.total(), plain.device.total());
+  EXPECT_EQ(host.host.total() + host.file.total() + host.device.staging, 0);
+  EXPECT_EQ(host.tiers.to_host + host.tiers.from_host + host.tiers.mapped_read, 0);
+}
+
+TEST(Offload, FilesOfRanksOnTheHost) {
+  const ModelSizes model = model_of(6, 4 * kMega, 4 * kMega, 2);   // 32 M elements, 8 M a rank: 1 M in each flat
+  const int64_t n = 32 * kMega / 4;
+  const Estimate found = estimate(model, kBlocks, offloaded(3, 4, Tier::File, Tier::File, true));
+  EXPECT_EQ(resting(found.device), 0);
+  EXPECT_EQ(found.file.parameters, 2 * n);
+  EXPECT_EQ(found.file.gradients, 4 * n);
+  EXPECT_EQ(found.file.master_weights, 4 * n);
+  EXPECT_EQ(found.file.optimizer_state, 8 * n);
+  EXPECT_EQ(found.tiers.file_read + found.tiers.file_written, 24 * n);
+  EXPECT_EQ(found.tiers.mapped_read, 4 * n + 2 * 2 * n);       // gradients for the step; shards in forward and backward
+  EXPECT_EQ(found.tiers.mapped_written, 4 * n + 2 * n);
+  EXPECT_EQ(found.device.staging, 4 * 3 * (int64_t{4} << 20));  // four slots of a master and two states
+  EXPECT_EQ(found.tiers.to_host + found.tiers.from_host, 0);
+}
+
+TEST(Offload, TilesAreAsManyAsThereAreAndAtLeastThreeBuffers) {
+  Partition p = offloaded(2, 4, Tier::File, Tier::Device, true);
+  const ModelSizes model = model_of(1, 4 * kMega, 64 * 4, 2);   // tiles: one of 4 MiB an array and two of a page
+  EXPECT_EQ(estimate(model, kBlocks, p).device.staging, 3 * 3 * (int64_t{4} << 20));
+  p.offload.buffers = 1;
+  EXPECT_EQ(estimate(model, kBlocks, p).device.staging, 3 * 3 * (int64_t{4} << 20));
+  p.offload.buffers = 2;
+  p.offload.tile_bytes = 1 << 20;
+  EXPECT_EQ(estimate(model, kBlocks, p).device.staging, 3 * 3 * (int64_t{1} << 20));
+}
+
+TEST(Offload, FullPrecisionStreamsTwoArraysOnTheHost) {
+  const ModelSizes model = model_of(6, kMega, kMega, 4);
+  const int64_t n = 8 * kMega / 4;
+  Estimate found = estimate(model, kBlocks, offloaded(3, 4, Tier::File, Tier::File, true));
+  EXPECT_EQ(found.file.master_weights, 0);
+  EXPECT_EQ(found.tiers.file_read, 8 * n);
+  EXPECT_EQ(found.tiers.mapped_read, 4 * n + 4 * 2 * n + 4 * n);   // the step reads the parameter itself
+  found = estimate(model, kBlocks, offloaded(2, 4, Tier::Host, Tier::Device, false));
+  EXPECT_EQ(found.host.master_weights, 4 * n);   // on the accelerator the parameter, on the host its master
+  found = estimate(model, kBlocks, offloaded(3, 4, Tier::Host, Tier::Host, false));
+  EXPECT_EQ(found.host.master_weights, 0);       // the parameter is on the host itself
+  found = estimate(model, kBlocks, offloaded(3, 4, Tier::File, Tier::File, false));
+  EXPECT_EQ(found.tiers.file_read, 8 * n);
+  EXPECT_EQ(found.tiers.from_host, 2 * 4 * n);
+}
+
+TEST(Offload, AnAccelerator) {
+  const ModelSizes model = model_of(6, kMega, kMega, 2);
+  const int64_t n = 8 * kMega / 4;
+  Partition p = offloaded(2, 4, Tier::Host, Tier::Device, false);
+  p.accumulation = 3;
+  Estimate found = estimate(model, kBlocks, p);
+  EXPECT_EQ(found.device.parameters, 2 * 8 * kMega);
+  EXPECT_EQ(found.device.gradients + found.device.master_weights + found.device.optimizer_state + found.device.staging, 0);
+  EXPECT_EQ(found.tiers.to_host, 3 * 2 * n);     // gradients of each micro-batch in the type they are reduced in
+  EXPECT_EQ(found.tiers.from_host, 2 * n);       // weights once
+  EXPECT_EQ(found.tiers.file_read + found.tiers.mapped_read, 0);
+  p.reduce_bytes = 4;
+  EXPECT_EQ(estimate(model, kBlocks, p).tiers.to_host, 3 * 4 * n);
+  // Shards on the host go up for forward and backward; the states follow them.
+  p = offloaded(3, 4, Tier::Device, Tier::Host, false);
+  found = estimate(model, kBlocks, p);
+  EXPECT_EQ(resting(found.device), 0);
+  EXPECT_EQ(resting(found.host), 18 * n);
+  EXPECT_EQ(found.tiers.from_host, 2 * 2 * n);
+  p.offload.states = Tier::File;
+  found = estimate(model, kBlocks, p);
+  EXPECT_EQ(found.host.parameters, 2 * n);
+  EXPECT_EQ(resting(found.file), 16 * n);
+}
+
+TEST(Offload, OneRankFreesItsShardsToo) {
+  const ModelSizes model = model_of(6, kMega, kMega, 2);
+  const Estimate found = estimate(model, kBlocks, offloaded(3, 1, Tier::File, Tier::File, true));
+  EXPECT_EQ(found.device.gathered_units, 2 * kMega);
+  EXPECT_EQ(found.file.parameters, 2 * 8 * kMega);
+  EXPECT_TRUE(found.traffic.empty());
+}
+
+TEST(Offload, ShareAndWhatStaysInMemory) {
+  const ModelSizes model = model_of(6, kMega, kMega, 2);
+  const int64_t n = 8 * kMega / 4;
+  Partition p = offloaded(3, 4, Tier::File, Tier::File, true);
+  const Estimate all = estimate(model, kBlocks, p);
+  p.offload.states_share = 0.5;
+  p.offload.params_in_memory = n / 4;
+  Estimate found = estimate(model, kBlocks, p);
+  EXPECT_EQ(found.file.optimizer_state, all.file.optimizer_state / 2);
+  EXPECT_EQ(found.device.optimizer_state, all.file.optimizer_state / 2);
+  EXPECT_EQ(found.device.parameters, 2 * n / 4);
+  EXPECT_EQ(found.tiers.file_read, all.tiers.file_read / 2);
+  p.offload.states_share = 0;
+  p.offload.params_in_memory = n;
+  found = estimate(model, kBlocks, p);
+  EXPECT_EQ(found.file.total() + found.device.staging, 0);
+}
+
+TEST(Offload, BadRequestsAreRefused) {
+  const ModelSizes model = model_of(1, kMega, kMega, 2);
+  EXPECT_THROW(estimate(model, kBlocks, offloaded(0, 2, Tier::Host, Tier::Device, false)), ds::ValueError);
+  EXPECT_THROW(estimate(model, kBlocks, offloaded(2, 2, Tier::Host, Tier::Host, false)), ds::ValueError);
+  Partition p = offloaded(2, 2, Tier::File, Tier::Device, false);
+  p.offload.states_share = 1.5;
+  EXPECT_THROW(estimate(model, kBlocks, p), ds::ValueError);
+  p.offload.states_share = 1;
+  p.offload.tile_bytes = 5000;
+  EXPECT_THROW(estimate(model, kBlocks, p), ds::ValueError);
 }
 
 int64_t moved(const Estimate& found, const std::string& phase) {

@@ -31,22 +31,65 @@ def said(capsys, *arguments, code=0):
 def test_table(config, capsys):
     text = said(capsys, "ds.json", "--params", "7e9", "--gpus", "64", "--gpu_memory", "80GB", "--seq_length", "2048")
     rows = {line[2:].split("  ")[0]: line for line in text.splitlines() if line[2:].startswith("stage")}
-    assert len(rows) == 7 and rows["stage 2"].startswith("* ") and "no: " in rows["stage 0"] and "yes" in rows["stage 3"]
-    assert "64 GPUs on 8 nodes" in text and "Sends least of those that fit: stage" in text and "Assumed: " in text
+    assert len(rows) == 11 and rows["stage 2"].startswith("* ") and "no: " in rows["stage 0"] and "yes" in rows["stage 3"]
+    assert "64 GPUs on 8 nodes" in text and "Cheapest of those that fit: stage" in text and "Assumed: " in text
     assert max(map(len, text.splitlines())) <= 200
 
 
-def test_offload_is_not_recommended(config, capsys):
+def test_offload_where_nothing_else_fits(config, capsys):
     few = ("ds.json", "--params", "7e9", "--gpus", "8", "--gpu_memory", "8GB")
     text = said(capsys, *few)
-    assert "Nothing that this release runs fits in 8 GiB. Least is stage 3" in text and "Sends least" not in text
-    assert "does not run offload yet" in text and "if each node has" in text and "--host_memory" in text
-    assert "zero_optimization" not in text  # nobody copies what does not run
-    checked = said(capsys, *few, "--host_memory", "1TB")
-    assert "By formula stage 3, optimizer on host" in checked and "if each node has" not in checked and "not checked" not in checked
-    assert "By formula stage" not in said(capsys, *few, "--host_memory", "1GB")
-    rows = json.loads(said(capsys, *few, "--json"))["choices"]
-    assert [row["runs"] for row in rows] == [True] * 4 + [False] * 3
+    assert 'Cheapest of those that fit: stage 3, optimizer on host' in text and '{"stage": 3, "offload_optimizer": {"device": "cpu"}}' in text
+    assert "It also needs" in text and "on each host (--host_memory checks it)" in text
+    text = said(capsys, *few, "--host_memory", "1TB")
+    assert "stage 3, optimizer on host, which leaves" in text and "It also needs" not in text
+    text = said(capsys, *few, "--host_memory", "32GB")
+    assert "no: host lacks" in text and "Cheapest of those that fit: stage 3, optimizer on disk" in text and '"nvme_path": "/local_nvme"' in text
+    assert "on each node's disk (--disk checks it)" in text
+    text = said(capsys, *few, "--host_memory", "32GB", "--disk", "100GB")
+    assert "no: disk lacks" in text and "Nothing fits in 8 GiB. Least is stage 3, optimizer and parameters on host" in text
+
+
+def test_ranks_without_gpus(config, capsys):
+    cpu = ("ds.json", "--params", "350M", "--gpus", "2", "--device", "cpu")
+    text = said(capsys, *cpu, "--host_memory", "16GB")
+    assert "on host" not in text and "Cheapest of those that fit: stage 1" in text and "fits in" not in text and "CUDA" not in text
+    text = said(capsys, *cpu, "--host_memory", "1GB")
+    assert 'stage 3, optimizer and parameters on disk' in text and '"max_in_cpu": 0' in text
+    assert "Nothing fits in 0 GiB a rank" in said(capsys, *cpu, "--host_memory", "100MB")
+    (config / "offload.json").write_text(json.dumps({**CONFIG, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
+    rows = {c["name"]: c for c in json.loads(said(capsys, "offload.json", *cpu[1:], "--json"))["choices"]}
+    assert rows["stage 3, optimizer on host"]["rank_bytes"] == rows["stage 3"]["rank_bytes"]
+    assert "moves nothing" in said(capsys, "offload.json", *cpu[1:])
+
+
+def test_this_machine(config, capsys, monkeypatch):
+    from deepspeed.planning import machine
+    folder = config / "not" / "there" / "yet"
+    (config / "nvme.json").write_text(json.dumps({**CONFIG, "zero_optimization": {"stage": 2, "offload_optimizer": {
+        "device": "nvme", "nvme_path": str(folder), "buffer_count": 5}}}))
+    monkeypatch.setattr(machine, "host_bytes", lambda: 24 * 2**30)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: None)
+    room = json.loads(said(capsys, "nvme.json", "--params", "350M", "--gpus", "2", "--device", "cpu", "--here", "--json"))["room"]
+    assert room["device_bytes"] == 12 * 2**30 and room["host_bytes"] is None and room["disk_bytes"] > 0 and not folder.exists()
+    assert "give --gpu_memory SIZE, or --device cpu" in said(capsys, "nvme.json", "--params", "350M", "--here", code=1)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: 80 * 2**30)
+    made = json.loads(said(capsys, "nvme.json", "--params", "350M", "--here", "--disk", "1GB", "--json"))
+    assert (made["room"]["device_bytes"], made["room"]["host_bytes"], made["room"]["disk_bytes"]) == (80 * 2**30, 24 * 2**30, 2**30)
+    configured = next(c for c in made["choices"] if c["configured"])
+    assert not configured["fits"] and "disk lacks" in configured["misfit"] and sum(c["cheapest"] for c in made["choices"]) == 1
+    assert configured["zero_optimization"]["offload_optimizer"] == {"device": "nvme", "nvme_path": str(folder), "buffer_count": 5}
+
+
+def test_memory_of_this_process(tmp_path):
+    from deepspeed.planning.machine import host_bytes
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "max"
+    meminfo.write_text("MemTotal: 100 kB\nMemAvailable:   80 kB\n")
+    assert host_bytes(meminfo, [limit]) == 80 * 1024
+    limit.write_text("max\n")
+    assert host_bytes(meminfo, [limit]) == 80 * 1024
+    limit.write_text("4096\n")
+    assert host_bytes(meminfo, [limit]) == 4096
 
 
 def test_json(config, capsys):
