@@ -127,13 +127,13 @@ std::unique_ptr<FileEngine> FileEngine::create(const EngineOptions& options) {
 
 std::shared_ptr<EngineFile> FileEngine::open(const std::string& path, File::Mode mode) const {
   auto file = std::make_shared<EngineFile>(path, mode, options_.direct);
-  file->mark_ = mark(*file);
+  if (!forked()) file->mark_ = mark(*file);
   return file;
 }
 
 std::shared_ptr<EngineFile> FileEngine::adopt(File file) const {
   auto known = std::make_shared<EngineFile>(std::move(file), options_.direct);
-  known->mark_ = mark(*known);
+  if (!forked()) known->mark_ = mark(*known);
   return known;
 }
 

@@ -129,12 +129,12 @@ class FileEngine {
   virtual std::unique_ptr<KnownBuffer> register_buffer(void* data, int64_t bytes);
   virtual EngineCounts counts() const { return {}; }
   const EngineOptions& options() const { return options_; }
+  bool forked() const;  // the threads of the engine are in another process, and nothing under way will end in this one
 
  protected:
   explicit FileEngine(const EngineOptions& options);
   virtual void submit(const std::vector<std::shared_ptr<Request>>& requests) = 0;
   virtual std::unique_ptr<FileMark> mark(const EngineFile&) const { return nullptr; }
-  bool forked() const;  // the threads of the engine are in another process
   const EngineOptions options_;
   const std::optional<Faults> faults_;
 

@@ -135,6 +135,7 @@ UringMark::~UringMark() {
 }
 
 UringBuffer::UringBuffer(std::shared_ptr<Uring> uring, char* data, int64_t bytes) : uring_(std::move(uring)) {
+  if (!uring_->is_ours()) return;
   const std::lock_guard<std::mutex> lock(uring_->mutex);
   indices_ = uring_->add_buffer(data, bytes);
 }

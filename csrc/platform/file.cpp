@@ -26,6 +26,7 @@ int open_flags(File::Mode mode) {
     case File::Mode::Create: return O_RDWR | O_CREAT | O_TRUNC;
     case File::Mode::CreateNew: return O_RDWR | O_CREAT | O_EXCL;
     case File::Mode::ReadWrite: return O_RDWR;
+    case File::Mode::OpenOrCreate: return O_RDWR | O_CREAT;
   }
   DS_FAIL("not a File::Mode: " << static_cast<int>(mode));
 }

@@ -27,6 +27,7 @@ class File {
     Create,     // read and write; created or emptied
     CreateNew,  // as Create, but an existing file is an error
     ReadWrite,  // an existing file
+    OpenOrCreate,  // read and write; created, or kept as it is
   };
 
   File() = default;

@@ -2,8 +2,8 @@
 """Fused operations. Nothing is imported before it is asked for."""
 from deepspeed._lazy import attach, names
 
-_MODULES = ("activations", "adagrad", "adam", "cross_entropy", "fp_quantizer", "lamb", "lion", "multi_tensor", "muon", "normalization", "quantizer",
-            "rope", "sgd", "softmax")
+_MODULES = ("activations", "adagrad", "adam", "aio", "cross_entropy", "fp_quantizer", "lamb", "lion", "multi_tensor", "muon", "normalization",
+            "op_builder", "quantizer", "rope", "sgd", "softmax")
 
 __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.ops.replace", "replace_modules", "restore_modules"),
