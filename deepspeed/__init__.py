@@ -9,8 +9,8 @@ Importing this package imports nothing else, torch included: every name is fetch
 from deepspeed._lazy import attach, names
 
 _MODULES = ("accelerator", "checkpoint", "checkpointing", "comm", "config", "constants", "data", "device", "engine",
-            "env_report", "git_version_info", "launcher", "module_inject", "monitor", "ops", "parallel", "planning", "precision",
-            "profiling", "report", "runtime", "schedules", "telemetry", "utils", "zero")
+            "env_report", "git_version_info", "launcher", "module_inject", "monitor", "nvme", "ops", "parallel", "planning",
+            "precision", "profiling", "report", "runtime", "schedules", "telemetry", "utils", "zero")
 
 _EXPORTS = {
     **{name: f"deepspeed.{name}" for name in _MODULES},
@@ -52,7 +52,7 @@ _NOT_BUILT = {
     **dict.fromkeys(("DeepSpeedHybridEngine",), "the hybrid engine for RLHF"),
     **dict.fromkeys(("linear",), "the LoRA and quantised linear layers"),
     **dict.fromkeys(("autotuning",), "autotuning"),
-    **dict.fromkeys(("nvme", "io"), "file offload tools"),
+    **dict.fromkeys(("io",), "file writers"),
     **dict.fromkeys(("compile",), "compilation passes"),
     **dict.fromkeys(("elasticity", "compression", "nebula"), "elasticity and compression"),
 }

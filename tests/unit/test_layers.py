@@ -19,7 +19,7 @@ LEVELS = [
     {"zero"},
     {"checkpoint"},
     {"engine"},
-    {"planning", "report"},
+    {"planning", "report", "nvme"},
     {"launcher"},
     # import paths users have: only the top may hand them on
     {"runtime", "utils", "accelerator", "module_inject", "monitor", "profiling", "env_report"},
