@@ -32,6 +32,9 @@ def _metadata_functions():
                  "register_hook", "register_post_accumulate_grad_hook", "is_shared", "has_names", "is_inference", "type"):
         if hasattr(_T, name):
             functions.add(getattr(_T, name))
+    # New tensors of the same shape: optimizers make their state so.
+    functions.update(getattr(torch, f"{kind}_like") for kind in ("empty", "zeros", "ones", "full", "rand", "randn"))
+    functions.update(getattr(_T, f"new_{kind}") for kind in ("empty", "zeros", "ones", "full"))
     functions.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_same_size,
                       torch._has_compatible_shallow_copy_type))
     return frozenset(functions)

@@ -284,6 +284,31 @@ def test_conversions_to_what_a_freed_parameter_is_give_it_back():
 
 
 @on_ranks(2)
+def test_new_tensors_like_a_freed_parameter_need_no_values():
+    weight = sharded().module.head.weight
+    for source in (weight, weight.detach()):
+        for made in (torch.zeros_like(source), torch.full_like(source, 2.0, dtype=torch.bfloat16), torch.empty_like(source), source.new_ones(1, 9)):
+            assert type(made) is torch.Tensor and made.shape == (1, 9) and made.untyped_storage().nbytes() == made.nbytes
+    assert not weight.new_zeros(3).any() and (torch.ones_like(weight) == 1).all()
+    assert weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
+
+
+@on_ranks(2)
+def test_an_optimizer_that_makes_its_state_at_once():
+    """torch.optim.Adagrad, of weights that are sharded already."""
+    found = []
+    for stage in (0, 3):
+        cfg = config(stage, optimizer=None, zero_allow_untested_optimizer=True)
+        with deepspeed.zero.Init(config_dict_or_path=cfg, enabled=stage == 3):
+            model = tiny()
+        engine = engine_of(model, cfg, optimizer=torch.optim.Adagrad(model.parameters(), lr=0.1))
+        train(engine, 3)
+        found.append(whole(model))
+        engine.destroy()
+    assert_same(*found)
+
+
+@on_ranks(2)
 def test_printing_is_no_access():
     model = sharded().module
     assert "head.weight" in repr(model.head.weight) and "head.weight" in str(model.head.weight) and "head.weight" in f"{model.head.weight}"
