@@ -41,6 +41,10 @@ VARIANTS = {
     "tight clipping": dict(max_grad_norm=0.1, max_steps=4),
     "checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, max_steps=4),
     "reentrant checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, max_steps=4),
+    "uneven epochs": dict(max_steps=-1, num_train_epochs=2, samples=22, gradient_accumulation_steps=3),
+    "smoothing, noise, decay": dict(label_smoothing_factor=0.1, neftune_noise_alpha=5.0, weight_decay=0.1, lr_scheduler_type="cosine",
+                                    warmup_steps=2, max_steps=4),
+    "adagrad": dict(optim="adagrad", max_steps=4),
     "all at once": dict(gradient_accumulation_steps=3, gradient_checkpointing=True, max_grad_norm=0.1, max_steps=4),
 }
 
