@@ -5,13 +5,15 @@ import torch
 from deepspeed.checkpoint import dtypes
 
 _STAGING_BYTES = 64 << 20
+_RESTING_BYTES = 32 << 20   # of files that may be in memory at a time
 
 
 class Filling:
     """Collects what is to be read, then reads it in one go, file by file."""
 
-    def __init__(self, source):
-        self.source = source
+    def __init__(self, source, leave=None):
+        """leave: where destinations rest in files, called now and then, so that what was filled of them leaves memory."""
+        self.source, self._leave = source, leave
         self._direct, self._staged = [], []
 
     def add(self, info, piece):
@@ -27,13 +29,27 @@ class Filling:
 
     def run(self):
         """Throws CheckpointError when a block is damaged; destinations may be half filled then."""
-        if self._direct:
-            self.source.read_into(self._direct)
+        for batch in self._batches():
+            self.source.read_into(batch)
+            if self._leave is not None:
+                self._leave()
         for info, piece, same in self._staged:
             if same and info.order == piece.order:
                 self._in_turns(info, piece)
             else:
                 piece.data.copy_(self._reordered(info, piece))
+
+    def _batches(self):
+        """All at once, or about as much as may be in memory before it leaves."""
+        batch, size = [], 0
+        for wanted in self._direct:
+            batch.append(wanted)
+            size += wanted[-1].nbytes
+            if self._leave is not None and size >= _RESTING_BYTES:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
 
     def _in_turns(self, info, piece):
         data = piece.data

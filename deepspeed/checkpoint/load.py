@@ -7,6 +7,7 @@ from deepspeed.checkpoint.optimizer_load import OptimizerLoad
 from deepspeed.checkpoint.pieces import Piece
 from deepspeed.checkpoint.source import CheckpointError
 from deepspeed.telemetry import logger
+from deepspeed.zero.tiers import IN_MEMORY
 
 _WEIGHTS = ("fp32", "weight")
 _LISTED = 20
@@ -89,7 +90,8 @@ class Loading:
     @torch.no_grad()
     def apply(self):
         """Fills this rank's memory. take_over() is to follow, on all ranks."""
-        filling = Filling(self.source)
+        managed = self.holdings.managed
+        filling = Filling(self.source, managed.leave_files if managed is not None and managed.tiers != IN_MEMORY else None)
         for piece in self.holdings.weight_targets(self.weights.keys()):
             filling.add(self.weights[piece.name], piece)
         for name, info in self.buffers.items():

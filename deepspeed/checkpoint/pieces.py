@@ -202,6 +202,7 @@ class Holdings:
             for held in self.optimizer.slices:
                 if held.low is not None:
                     held.low.copy_(held.master)
+                    self.managed.leave_files()
         if self.managed is None:
             return
         transports, store = self.managed.transports, self.managed.store

@@ -17,6 +17,7 @@ from deepspeed.checkpoint.tree import Encoder
 from deepspeed.telemetry import logger
 
 _CHUNK_BYTES = 16 << 20          # of a device's memory on its way through the host, for each writer
+_RESTING_BYTES = 32 << 20        # of files that values rest in, in memory at a time for each writer
 _MOST_WRITERS = 4
 _OVERHEAD_BYTES = 64 << 10       # of a file: its header, the rest of its last block
 _ENTRY_BYTES = 400               # of header and manifest, for each piece
@@ -46,6 +47,7 @@ class SaveRequest:
     say_speed: bool = False
     writers: int = None           # threads and files a rank writes with; None: as many as it has cores to itself
     about: dict = field(default_factory=dict)
+    leave: object = None          # where values rest in files: called now and then, so that what was read of them leaves memory
 
 
 class FrozenFile:
@@ -150,7 +152,7 @@ class RankFiles:
 
         def write_one(name, pieces):
             path = os.path.join(folder, name)
-            return self._link_or_write(path, pieces) if name == self._frozen_name else stream(path, pieces)
+            return self._link_or_write(path, pieces) if name == self._frozen_name else stream(path, pieces, self.request.leave)
 
         files, rows = [], []
         for (name, pieces), (size, sums, offsets) in zip(lanes.items(), abreast(write_one, lanes.items(), writers)):
@@ -160,11 +162,11 @@ class RankFiles:
 
     def _link_or_write(self, path, pieces):
         if self.frozen.stands():
-            size, sums, offsets = stream("", pieces)
+            size, sums, offsets = stream("", pieces, self.request.leave)
             self._frozen_written = (size, sums)
             if self.frozen.link(path, self._frozen_written):
                 return size, sums, offsets
-        size, sums, offsets = stream(path, pieces)
+        size, sums, offsets = stream(path, pieces, self.request.leave)
         self._frozen_written = (size, sums)
         return size, sums, offsets
 
@@ -178,21 +180,39 @@ def entries_of(pieces):
     return [(f"{p.kind}/{p.name}@{p.begin}", form, [count]) for p in pieces for form, count in [stored_form(p)]]
 
 
-def stream(path, pieces):
+def _host_batches(views, leave):
+    """Lists of views to be written together: all of them, or as many as may be in memory before `leave` is called."""
+    batch, room = [], _RESTING_BYTES
+    for view in views:
+        while leave is not None and view.nbytes > room:
+            yield batch + [view[:room]]
+            view, batch, room = view[room:], [], _RESTING_BYTES
+        batch.append(view)
+        room -= view.nbytes
+    yield batch
+
+
+def stream(path, pieces, leave=None):
     """Writes one file; (bytes, sums, offset of each piece). An empty path: only sums."""
     out = core().SafetensorsStream(path, entries_of(pieces), {"format": "pt"}, manifest.BLOCK_BYTES, True)
     try:
+        def write_host(views):
+            for batch in _host_batches(views, leave):
+                out.write(batch)
+                if leave is not None:
+                    leave()
+
         offsets = out.offsets
         on_host = []
         for piece in pieces:
             if piece.data.device.type == "cpu":
                 on_host += byte_views(piece)
                 continue
-            out.write(on_host)
+            write_host(on_host)
             on_host = []
             for part in byte_views(piece):
                 out.write([part])
-        out.write(on_host)
+        write_host(on_host)
         size, sums = out.finish()
         return size, sums, offsets
     finally:

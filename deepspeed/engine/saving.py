@@ -51,6 +51,7 @@ class CheckpointMethods:
             state=checkpoint_state.state_of(self, holdings, client_state, excluded),
             rank_state=checkpoint_state.rank_state_of(self, holdings), aliases=aliases, save_latest=save_latest,
             tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, keep_last=cfg.keep_last,
+            leave=self._managed.leave_files if self._managed is not None and self._managed.tiers != IN_MEMORY else None,
             say_speed=cfg.writer is not None and cfg.writer.show_statistics, writers=self._writers())
         if self._frozen_file is None:
             self._frozen_file = FrozenFile()

@@ -44,7 +44,8 @@ class Stack(torch.nn.Module):
 def configuration(args):
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": WIDTH * WIDTH * 2}
     if args.lib != "memory":
-        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": args.folder, "buffer_count": 4, "pipeline_read": True, "pipeline_write": True}
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": args.folder, "buffer_count": args.buffers, "pipeline_read": args.pipeline,
+                                     "pipeline_write": args.pipeline}
         if args.parameters:
             zero["offload_param"] = {"device": "nvme", "nvme_path": args.folder, "max_in_cpu": 0, "buffer_size": WIDTH * WIDTH}
     return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": zero, "bf16": {"enabled": True},
@@ -102,8 +103,10 @@ def race(args):
         results = {}
         for lib in libs:
             folder = tempfile.mkdtemp(dir=args.folder)
-            options = ["--worker", "--lib", lib, "--folder", folder, f"--million={args.million}", f"--steps={args.steps}", f"--threads={args.threads}"]
-            argv = running.command(args, "deepspeed" if lib == "deepspeed" else "ours", "nvme_step.py", options + ["--parameters"] * args.parameters)
+            options = ["--worker", "--lib", lib, "--folder", folder, f"--million={args.million}", f"--steps={args.steps}", f"--threads={args.threads}",
+                       f"--buffers={args.buffers}"]
+            argv = running.command(args, "deepspeed" if lib == "deepspeed" else "ours", "nvme_step.py", options + ["--parameters"] * args.parameters +
+                                   ["--no-pipeline"] * (not args.pipeline))
             try:
                 results[lib] = running.execute(argv, running.environment(args, "deepspeed" if lib == "deepspeed" else "ours"), args.timeout)
             finally:
@@ -134,6 +137,8 @@ def main():
     parser.add_argument("--million", type=float, default=300)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--buffers", type=int, default=4, help="buffer_count; the peer's pipeline needs more than 4")
+    parser.add_argument("--no-pipeline", dest="pipeline", action="store_false", help="pipeline_read and pipeline_write off (the peer's; ours always overlaps)")
     parser.add_argument("--parameters", action="store_true", help="parameters rest in files too")
     args = parser.parse_args()
     if args.worker:

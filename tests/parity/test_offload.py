@@ -216,4 +216,11 @@ def test_memory_is_bounded(tmp_path):
     assert parameters > 18e6
     allowed = 8 * unit + 3 * 4 * (4 << 20) + (48 << 20)   # gathered and gradients, tiles, and what the first steps leave in the heap
     assert grown < allowed < 9 * parameters, f"{grown >> 20} MiB, allowed {allowed >> 20}"
+    for work in (engine.save_checkpoint, engine.load_checkpoint):   # 7 bytes a parameter lie in this rank's files
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _resident("VmRSS")
+        work(str(tmp_path / "saved"))
+        grown = _resident("VmHWM") - before
+        assert grown < 88 << 20 < 7 * parameters, f"{work.__name__}: {grown >> 20} MiB"
     engine.destroy()
