@@ -512,5 +512,5 @@ def test_what_fails_in_the_background_is_raised_by_a_later_step_on_every_rank(tm
     assert (tmp_path / "latest").read_text() == "after"
 
 
-def _no_space(path, pieces):
+def _no_space(path, pieces, leave):
     raise OSError(28, "No space left on device", path)

@@ -16,7 +16,7 @@ from deepspeed.checkpoint import background, save
 from deepspeed.checkpoint.pieces import Piece
 from deepspeed.checkpoint.ranks import Ranks
 
-def slow(path, pieces, known=save.stream):
+def slow(path, pieces, leave, known=save.stream):
     time.sleep(1)
     if {fails}:
         raise OSError(28, "No space left on device", path)

@@ -156,7 +156,7 @@ def test_frozen_weights_are_linked_to_the_last_checkpoint_only(tmp_path, monkeyp
 # ---- a save_dir that is not shared
 
 
-def _elsewhere(path, pieces, known=save.stream):
+def _elsewhere(path, pieces, leave, known=save.stream):
     found = known(path, pieces)
     os.unlink(path)
     return found
