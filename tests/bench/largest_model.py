@@ -34,13 +34,14 @@ def cgroup(gib):
     raise SystemExit("no memory cgroup can be made here (root and /sys/fs/cgroup/memory or cgroup version 2 are needed)")
 
 
-def configuration(folder, width):
+def configuration(folder, width, lib):
+    prefetch = 4 * width**2 if lib == "ours" else 0   # more makes the peer run out of buffers
     offload = {"device": "nvme", "nvme_path": folder, "pin_memory": False}
     return {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 4 * width**2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": prefetch,
                                   "stage3_max_live_parameters": 16 * width**2, "sub_group_size": 16 * width**2, "reduce_bucket_size": 4 * width**2,
                                   "offload_optimizer": {**offload, "buffer_count": 4},
-                                  "offload_param": {**offload, "buffer_count": 5, "buffer_size": 5 * width**2, "max_in_cpu": 0}},
+                                  "offload_param": {**offload, "buffer_count": 12, "buffer_size": 5 * width**2, "max_in_cpu": 0}},
             "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True, "intra_op_parallelism": 1}}
 
 
@@ -54,7 +55,7 @@ def worker(args):
     import resident
 
     torch.set_num_threads(2)
-    config = configuration(args.folder, args.width)
+    config = configuration(args.folder, args.width, args.lib)
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = models.Gpt(args.width, args.layers)
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -107,18 +108,19 @@ def main():
     running.add_arguments(parser, "ours:3,deepspeed:3")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--group", help=argparse.SUPPRESS)
-    parser.add_argument("--lib", default="ours", choices=("ours", "deepspeed"), help="only this one")
+    parser.add_argument("--lib", default="ours", choices=("ours", "deepspeed"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", required=True, help="on the disk that state rests on; 18 bytes a parameter must be free there")
     parser.add_argument("--gib", type=float, default=4.0)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8, help="of the first attempt")
+    parser.add_argument("--libs", default="ours,deepspeed")
     parser.add_argument("--most-layers", type=int, default=1 << 30)
     args = parser.parse_args()
     if args.worker:
         return worker(args)
     args.ranks, args.group = 1, cgroup(args.gib)
     try:
-        best = {lib: search(args, lib, args.layers) for lib in ["ours"] + (["deepspeed"] if args.peer_python else [])}
+        best = {lib: search(args, lib, args.layers) for lib in args.libs.split(",") if lib == "ours" or args.peer_python}
     finally:
         os.rmdir(args.group)
     for lib, result in best.items():
