@@ -38,10 +38,10 @@ def configuration(folder, width, lib):
     prefetch = 4 * width**2 if lib == "ours" else 0   # more makes the peer run out of buffers
     offload = {"device": "nvme", "nvme_path": folder, "pin_memory": False}
     return {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": prefetch,
+            "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": prefetch,
                                   "stage3_max_live_parameters": 16 * width**2, "sub_group_size": 16 * width**2, "reduce_bucket_size": 4 * width**2,
                                   "offload_optimizer": {**offload, "buffer_count": 4},
-                                  "offload_param": {**offload, "buffer_count": 12, "buffer_size": 5 * width**2, "max_in_cpu": 0}},
+                                  "offload_param": {**offload, "buffer_count": 5 if lib == "ours" else 40, "buffer_size": 4 * width**2 + width, "max_in_cpu": 0}},
             "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True, "intra_op_parallelism": 1}}
 
 
@@ -111,7 +111,7 @@ def main():
     parser.add_argument("--lib", default="ours", choices=("ours", "deepspeed"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", required=True, help="on the disk that state rests on; 18 bytes a parameter must be free there")
     parser.add_argument("--gib", type=float, default=4.0)
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8, help="of the first attempt")
     parser.add_argument("--libs", default="ours,deepspeed")
     parser.add_argument("--most-layers", type=int, default=1 << 30)
