@@ -4,10 +4,7 @@
 #include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/core/Event.h>
 #include <c10/core/StorageImpl.h>
-#include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -17,10 +14,6 @@
 
 #include "base/checked.h"
 #include "base/error.h"
-#include "comm/memory.h"
-#include "optim/long_lived.h"
-#include "plan/reserve.h"
-#include "platform/memory.h"
 
 namespace ds::zero {
 namespace {
@@ -51,18 +44,6 @@ void follow(const at::Tensor& master, const at::Tensor& written) {
   master.copy_(at::where(master.to(values.scalar_type()).eq(values), master, values.to(at::kFloat)));
 }
 
-// Copies that have been enqueued on a stream.
-class Upload : public comm::Work {
- public:
-  explicit Upload(const c10::Stream& stream) : done_(stream.device_type()), device_(stream.device()) { done_.record(stream); }
-  bool test() override { return done_.query(); }
-  void wait() override { done_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_)); }
-
- private:
-  c10::Event done_;
-  const c10::Device device_;
-};
-
 std::string changed_shape(const Param& p, const at::Tensor& now) {
   std::ostringstream text;
   text << "parameter '" << p.name << "' was given data of shape " << now.sizes() << ", but its shape is " << at::IntArrayRef(p.sizes)
@@ -75,18 +56,6 @@ std::string changed_shape(const Param& p, const at::Tensor& now) {
 ParamStore::ParamStore(Groups groups, at::Device device, StoreOptions options)
     : groups_(std::move(groups)), device_(device), options_(options), pool_(device) {
   DS_CHECK(groups_.world && groups_.shard && groups_.reduce, "ParamStore needs a world, a shard and a reduce transport");
-}
-
-std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_home(int64_t bytes, const std::string& folder) {
-  const int64_t size = round_up(bytes, plan::kReservePageBytes);
-  Chunk& chunk = folder.empty() ? memory_chunk_ : file_chunk_;
-  if (!chunk.buffer || chunk.used_bytes + size > static_cast<int64_t>(chunk.buffer->bytes())) {
-    chunk.buffer = groups_.shard->allocate(static_cast<size_t>(std::max(size, plan::kHomeChunkBytes)), folder);
-    chunk.used_bytes = 0;
-  }
-  const int64_t offset = chunk.used_bytes;
-  chunk.used_bytes += size;
-  return {chunk.buffer, offset};
 }
 
 int ParamStore::add_unit(UnitRequest request) {
@@ -170,50 +139,6 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
   units_[unit].flats.push_back(index);
   flats_.push_back(std::move(flat));
   return index;
-}
-
-at::Tensor ParamStore::master_of(const Flat& flat, const at::Tensor& values) {
-  if (!flat.state_rests) return optim::long_lived_copy(values.to(device_, at::kFloat));
-  const at::Tensor master = options_.rest->zeros(values.numel(), at::kFloat);
-  master.copy_(values);
-  options_.rest->leave(master);
-  return master;
-}
-
-void ParamStore::make_master(int index) {
-  at::NoGradGuard no_grad;
-  Flat& flat = flats_.at(index);
-  flat.master = master_of(flat, options_.full_master ? flat.full : flat.shard);
-  leave_file(flat);
-}
-
-bool ParamStore::in_file(int index) const {
-  const Flat& flat = flats_.at(index);
-  return flat.home && flat.home->in_file();
-}
-
-void ParamStore::leave_file(Flat& flat) {
-  if (options_.parameter_rest && flat.shard.defined()) options_.parameter_rest->leave(flat.shard);
-  if (!flat.home || !flat.home->in_file()) return;
-  const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
-  const int64_t numel = options_.shard_params ? flat.layout.shard_numel : flat.layout.numel();
-  platform::unmap_pages(static_cast<char*>(flat.home->data()) + flat.home_offset_bytes, static_cast<size_t>(numel * es));
-}
-
-void ParamStore::leave_files() {
-  for (Flat& flat : flats_) leave_file(flat);
-}
-
-void ParamStore::expect(int index) {
-  // One rank waits for nobody: it may begin whatever the others do.
-  if (options_.parameter_rest && world() == 1) gather(index, "gather_ahead", /*prefetch=*/true);
-  if (options_.folder.empty()) return;
-  Unit& unit = units_.at(index);
-  if (!options_.shard_params || unit.state != UnitState::Sharded) return;
-  for (int f : unit.flats) {
-    const Flat& flat = flats_[f];
-    if (flat.home && flat.home->in_file()) platform::prefetch_pages(flat.shard.data_ptr(), flat.shard.nbytes());
-  }
 }
 
 // Zeroes what of the padding lies in my shard.
@@ -334,39 +259,6 @@ void ParamStore::gather(int index, const char* phase, bool prefetch) {
     unit.state = UnitState::Gathering;
   }
   if (!prefetch) finish_gather(unit);
-}
-
-// Everybody's shards to flat.full. A shard on the host goes to its place there first.
-void ParamStore::start_gather(Flat& flat, const char* phase) {
-  const int64_t shard_bytes = flat.shard.numel() * static_cast<int64_t>(flat.shard.element_size());
-  const comm::Tag t = tag(phase, flat.unit, shard_bytes);
-  if (flat.home) {
-    flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *flat.home, static_cast<size_t>(flat.home_offset_bytes), 0,
-                                               static_cast<size_t>(shard_bytes), t);
-    return;
-  }
-  at::NoGradGuard no_grad;
-  if (!uploads_) uploads_ = std::make_unique<optim::StagingRing>(device_, options_.parameter_rest->pinned(), 3);
-  // Beside what the device computes; what it still does with this memory comes first.
-  std::optional<c10::StreamGuard> beside;
-  if (!device_.is_cpu()) {
-    const c10::impl::VirtualGuardImpl streams(device_.type());
-    if (!upload_stream_) upload_stream_ = streams.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
-    c10::Event before(device_.type());
-    before.record(streams.getStream(device_));
-    before.block(*upload_stream_);
-    beside.emplace(*upload_stream_);
-  }
-  uploads_->send(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel), flat.shard);
-  leave_file(flat);
-  if (world() == 1) {
-    if (upload_stream_) flat.gathering = std::make_shared<Upload>(*upload_stream_);
-    return;
-  }
-  const auto where = device_.is_cpu() ? comm::Device::Cpu : comm::Device::Cuda;
-  const auto whole = comm::borrow(flat.full.data_ptr(), static_cast<size_t>(shard_bytes * world()), where, std::max<int>(device_.index(), 0),
-                                  std::make_shared<at::Tensor>(flat.buffer));
-  flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *whole, 0, static_cast<size_t>(shard_bytes), static_cast<size_t>(shard_bytes), t);
 }
 
 void ParamStore::finish_gather(Unit& unit) {

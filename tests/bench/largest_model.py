@@ -34,14 +34,15 @@ def cgroup(gib):
     raise SystemExit("no memory cgroup can be made here (root and /sys/fs/cgroup/memory or cgroup version 2 are needed)")
 
 
-def configuration(folder, width, lib):
-    prefetch = 4 * width**2 if lib == "ours" else 0   # more makes the peer run out of buffers
+def configuration(folder, width, layers, lib):
+    # Below these the peer ends with "Not enough buffers": it needs one for every large parameter.
+    prefetch = 4 * width**2 if lib == "ours" else 0
     offload = {"device": "nvme", "nvme_path": folder, "pin_memory": False}
     return {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
             "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": prefetch,
                                   "stage3_max_live_parameters": 16 * width**2, "sub_group_size": 16 * width**2, "reduce_bucket_size": 4 * width**2,
                                   "offload_optimizer": {**offload, "buffer_count": 4},
-                                  "offload_param": {**offload, "buffer_count": 5 if lib == "ours" else 40, "buffer_size": 4 * width**2 + width, "max_in_cpu": 0}},
+                                  "offload_param": {**offload, "buffer_count": 5 if lib == "ours" else 4 * layers + 12, "buffer_size": 4 * width**2 + width, "max_in_cpu": 0}},
             "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True, "intra_op_parallelism": 1}}
 
 
@@ -55,7 +56,7 @@ def worker(args):
     import resident
 
     torch.set_num_threads(2)
-    config = configuration(args.folder, args.width, args.lib)
+    config = configuration(args.folder, args.width, args.layers, args.lib)
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = models.Gpt(args.width, args.layers)
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
