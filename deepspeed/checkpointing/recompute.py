@@ -15,10 +15,14 @@ from deepspeed.device.select import get_accelerator
 from deepspeed.telemetry.logs import log_dist
 
 
-@contextlib.contextmanager
 def _boundary(what):
     """What the options `synchronize` and `profile` ask for, around one run of the function."""
     chosen = options()
+    return _watched(what, chosen) if chosen.synchronize or chosen.profile else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _watched(what, chosen):
     device = get_accelerator()
     if chosen.synchronize:
         device.synchronize()
@@ -111,10 +115,11 @@ class _Call:
 
     def __init__(self, function, args, kwargs):
         self.function = function
-        # The outermost tuple and dict are ours.
-        flat = [_pytree.tree_flatten(value, is_leaf=_is_leaf) for value in (*args, *kwargs.values())]
-        self.leaves = [leaf for leaves, _ in flat for leaf in leaves]
-        self._specs = [spec for _, spec in flat]
+        self.leaves, self._specs = [], []   # a spec for each argument; None: it is its own leaf
+        for value in (*args, *kwargs.values()):
+            leaves, spec = ([value], None) if _is_leaf(value) else _pytree.tree_flatten(value, is_leaf=_is_leaf)
+            self.leaves += leaves
+            self._specs.append(spec)
         self._keywords = list(kwargs)
         self._outputs = None
         self.__name__ = getattr(function, "__name__", type(function).__name__)
@@ -122,16 +127,20 @@ class _Call:
     def __call__(self, *leaves):
         values, begin = [], 0
         for spec in self._specs:
-            values.append(_pytree.tree_unflatten(leaves[begin:begin + spec.num_leaves], spec))
-            begin += spec.num_leaves
+            end = begin + (1 if spec is None else spec.num_leaves)
+            values.append(leaves[begin] if spec is None else _pytree.tree_unflatten(leaves[begin:end], spec))
+            begin = end
         cut = len(values) - len(self._keywords)
         outputs = self.function(*values[:cut], **dict(zip(self._keywords, values[cut:])))
+        if _is_tensor(outputs):
+            self._outputs = None
+            return [outputs]
         flat, self._outputs = _pytree.tree_flatten(outputs, is_leaf=lambda v: not isinstance(v, _PLAIN))
         return flat
 
     def outputs(self, flat):
         """Of one kind with what the function returned; a tuple or list of one is that one, a longer list is a tuple."""
-        return _single_or_tuple(_pytree.tree_unflatten(flat, self._outputs))
+        return flat[0] if self._outputs is None else _single_or_tuple(_pytree.tree_unflatten(flat, self._outputs))
 
 
 def _single_or_tuple(outputs):

@@ -208,13 +208,13 @@ def bytes_of_a_part(way, contiguous):
     forward_of_layers(way, numel)  # the first pass also pages in code
     whole_saved, whole_held, want = forward_of_layers(way, numel)
     configure(partition_activations=True, **(dict(contiguous_checkpointing=True, num_checkpoints=layers) if contiguous else {}))
-    for passes in range(2):
+    for passes in range(4):
         saved, held, got = forward_of_layers(way, numel)
         same_bits(got, want)
         part = -(-numel // ranks) * 4
         assert layers * numel * 4 <= whole_saved <= layers * (numel * 4 + 64)
         assert layers * part <= saved <= layers * (part + 64), (saved, part)
-        if passes and not contiguous:
+        if passes == 3 and not contiguous:  # nothing is compared any more: a thread of the backend may still hold what it sent last
             assert whole_held - held > (layers * 4 * numel - layers * part) * 0.9, (whole_held / mib, held / mib)
     if contiguous:
         assert configuration.state().slots.nbytes == layers * part  # the second pass took the same memory
