@@ -56,7 +56,7 @@ class Fio:
     def __init__(self, path, total, block, depth, memory):
         self.base = ["fio", "--name=ceiling", f"--filename={path}", f"--bs={block}", f"--iodepth={depth}", "--ioengine=io_uring", "--direct=1",
                      "--fixedbufs=1", "--registerfiles=1", "--scramble_buffers=0", f"--iomem={memory}",
-                     f"--loops={max(1, 4 * BUFFER // total)}", "--output-format=json"]
+                     f"--loops={max(1, 2 * BUFFER // total)}", "--output-format=json"]
         self.total = total
 
     def _run(self, *flags):
