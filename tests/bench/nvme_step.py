@@ -79,10 +79,11 @@ def worker(args):
                                   "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "load": os.getloadavg()}), flush=True)
 
 
-def fio(folder):
+def fio(folder, memory):
     """GB/s of reads and writes together."""
     argv = ["fio", "--name=mixed", f"--directory={folder}", "--rw=rw", "--rwmixread=50", "--bs=1M", "--iodepth=32", "--ioengine=io_uring",
-            "--direct=1", "--size=4G", "--time_based", "--runtime=6", "--output-format=json", "--unlink=1"]
+            "--direct=1", "--size=4G", "--time_based", "--runtime=8", "--output-format=json", "--unlink=1",
+            f"--iomem={memory}"]
     job = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     return (job["read"]["bw_bytes"] + job["write"]["bw_bytes"]) / 1e9
 
@@ -117,7 +118,7 @@ def race(args):
                   f"{statistics.median(r['rest'][1:]):.2f} s, {statistics.median(r['bytes'][2:]):.1f} bytes a parameter, peak resident "
                   f"{r['peak_gb']:.2f} GB, load {r['load'][0]:.1f}", file=sys.stderr, flush=True)
         check(results)
-        rates.append(fio(args.folder))
+        rates.append(fio(args.folder, args.fio_memory))
         print(f"round {turn + 1}/{args.rounds} fio: {rates[-1]:.2f} GB/s", file=sys.stderr, flush=True)
     numel, ours, disk = results["ours"]["numel"], statistics.median(seconds["ours"]), statistics.median(rates)
     rate = 24 * numel / ours / 1e9
@@ -137,6 +138,7 @@ def main():
     parser.add_argument("--million", type=float, default=300)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--fio-memory", default="malloc", help="fio's --iomem; shmhuge, the like of our buffers, needs sysctl vm.nr_hugepages=100")
     parser.add_argument("--buffers", type=int, default=4, help="buffer_count; the peer's pipeline needs more than 4")
     parser.add_argument("--no-pipeline", dest="pipeline", action="store_false", help="pipeline_read and pipeline_write off (the peer's; ours always overlaps)")
     parser.add_argument("--parameters", action="store_true", help="parameters rest in files too")
