@@ -110,7 +110,7 @@ Key offload_param_section() {
        text("nvme_path", nullptr, "Folder, for nvme; made if it is not there. Its files have no names and go with the process"),
        boolean("pin_memory", true, "Page-lock the staging memory of transfers to and from a GPU"),
        integer("buffer_count", 5, "Without effect: two units are in memory at a time").at_least(0).accepted(),
-       integer("buffer_size", 100000000, "Without effect: a unit's size is stage3_prefetch_bucket_size").at_least(0).accepted(),
+       integer("buffer_size", 100000000, "Without effect: what is gathered together is cut by stage3_prefetch_bucket_size and reduce_bucket_size").at_least(0).accepted(),
        integer("max_in_cpu", 1000000000, "For nvme on the CPU: elements of each rank's parameters that stay in memory").at_least(0)})
       .on_stages("3");
 }

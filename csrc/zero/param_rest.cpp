@@ -22,10 +22,19 @@ namespace {
 class Upload : public comm::Work {
  public:
   explicit Upload(const c10::Stream& stream) : done_(stream.device_type()), device_(stream.device()) { done_.record(stream); }
+  ~Upload() override {
+    if (!waited_) block();   // the memory goes back to where the current stream takes it from
+  }
   bool test() override { return done_.query(); }
-  void wait() override { done_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_)); }
+  void wait() override {
+    waited_ = true;
+    block();
+  }
 
  private:
+  void block() { done_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_)); }
+
+  bool waited_ = false;
   c10::Event done_;
   const c10::Device device_;
 };

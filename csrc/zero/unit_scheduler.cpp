@@ -71,7 +71,8 @@ void UnitScheduler::enter(int unit) {
   // Start the next one while this one computes.
   int next = unit + 1;
   while (next < static_cast<int>(store_.units().size()) && !sharded(next)) ++next;
-  if (next < static_cast<int>(store_.units().size())) store_.expect(next);
+  // In backward this is a part that is computed again: what follows it has been used already.
+  if (next < static_cast<int>(store_.units().size()) && !in_backward_) store_.expect(next);
   if (!matching_ || in_backward_) return;
   if (next < static_cast<int>(store_.units().size()) && next == std::max(forward_next_, next) && forward_depth_ > 0) {
     store_.gather(next, kForward, /*prefetch=*/true);

@@ -7,7 +7,6 @@ from deepspeed.checkpoint.optimizer_load import OptimizerLoad
 from deepspeed.checkpoint.pieces import Piece
 from deepspeed.checkpoint.source import CheckpointError
 from deepspeed.telemetry import logger
-from deepspeed.zero.tiers import IN_MEMORY
 
 _WEIGHTS = ("fp32", "weight")
 _LISTED = 20
@@ -91,7 +90,7 @@ class Loading:
     def apply(self):
         """Fills this rank's memory. take_over() is to follow, on all ranks."""
         managed = self.holdings.managed
-        filling = Filling(self.source, managed.leave_files if managed is not None and managed.tiers != IN_MEMORY else None)
+        filling = Filling(self.source, managed.leave_files if managed is not None and managed.tiers.in_files else None)
         for piece in self.holdings.weight_targets(self.weights.keys()):
             filling.add(self.weights[piece.name], piece)
         for name, info in self.buffers.items():

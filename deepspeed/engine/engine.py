@@ -196,11 +196,15 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
     @property
     def _half_loaded(self):
         """What has begun to change values everywhere and not ended ("loading FOLDER", "the update of step 3"); None otherwise."""
+        if self._unfinished is None and getattr(self.optimizer, "torn", False):   # by optimizer.step() itself
+            return f"the update of step {self.global_steps}"
         return self._unfinished
 
     @_half_loaded.setter
     def _half_loaded(self, what):
         self._unfinished = what
+        if what is None and isinstance(self.optimizer, build.ShardedOptimizer):
+            self.optimizer.torn = False
         if self._half_loaded_guard is not None:
             self._half_loaded_guard.remove()
         # The model called by itself refuses as well; the hook is there only then.
@@ -331,7 +335,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         try:
             self.optimizer.step()
         except Exception:
-            if self.optimizer.stepper.is_torn:
+            if self.optimizer.torn:
                 self._half_loaded = f"the update of step {self.global_steps}"
             raise
 

@@ -14,7 +14,6 @@ from deepspeed.comm import flight
 from deepspeed.engine import checkpoint_state
 from deepspeed.telemetry import logger
 from deepspeed.zero.consolidate import full_state_dict
-from deepspeed.zero.tiers import IN_MEMORY
 
 _HALF_LOADED = ("The engine holds values from before and after: it does not train, evaluate or save until a load_checkpoint() of another "
                 "checkpoint succeeds, or it is built anew.")
@@ -51,7 +50,7 @@ class CheckpointMethods:
             state=checkpoint_state.state_of(self, holdings, client_state, excluded),
             rank_state=checkpoint_state.rank_state_of(self, holdings), aliases=aliases, save_latest=save_latest,
             tag_validation=cfg.tag_validation, node_local=cfg.use_node_local_storage, keep_last=cfg.keep_last,
-            leave=self._managed.leave_files if self._managed is not None and self._managed.tiers != IN_MEMORY else None,
+            leave=self._managed.leave_files if self._managed is not None and self._managed.tiers.in_files else None,
             say_speed=cfg.writer is not None and cfg.writer.show_statistics, writers=self._writers())
         if self._frozen_file is None:
             self._frozen_file = FrozenFile()
@@ -72,7 +71,7 @@ class CheckpointMethods:
     def _prepare_saving(self):
         """At the end of construction: memory for the copies of background saves."""
         if self._config.is_set("checkpoint.writer") and self._config.checkpoint.writer.decoupled:
-            if self._managed is not None and self._managed.tiers != IN_MEMORY:
+            if self._managed is not None and self._managed.tiers.in_files:
                 logger.warning("checkpoint.writer.decoupled has no effect: state rests in files, and the copy in memory that a save in the "
                                "background writes from would undo that. save_checkpoint() returns when all is written")
                 return

@@ -106,7 +106,7 @@ class StateMethods:
         valued, empty, seen = [], [], set()
 
         def add(table, kind, tensor):
-            if kind in kinds and tensor is not None and tensor.numel() and tensor.data_ptr() not in seen and not self._managed.rests_in_file(tensor):
+            if kind in kinds and tensor is not None and tensor.numel() and tensor.data_ptr() not in seen and not self._managed.rests_elsewhere(tensor):
                 seen.add(tensor.data_ptr())
                 table.append((kind, tensor.detach()))
 

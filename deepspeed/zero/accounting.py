@@ -39,7 +39,7 @@ def places(optimizer):
                         if not managed.store.is_persistent(unit)), reverse=True)
         rows.append(("gathered units", sum(units[:2]), device))
     if hasattr(tiers.rest, "stream_bytes"):
-        rows.append(("tiles of the step", min(tiers.rest.stream_bytes, 12 * trained), device))
+        rows.append(("tiles of the step", min(tiers.rest.stream_bytes, 12 * trained), "the host's memory" if tiers.rest.apart else device))
     return [row for row in rows if row[1]]
 
 

@@ -202,9 +202,9 @@ class ManagedModel:
         if self.tiers.rest is not None:
             self.tiers.rest.leave_all()
 
-    def rests_in_file(self, tensor):
-        rest = self.tiers.rest
-        return rest is not None and tensor.device.type == "cpu" and rest.holds(tensor)
+    def rests_elsewhere(self, tensor):
+        """Whether it lies where the configuration says, not where the model runs."""
+        return any(rest is not None and rest.holds(tensor) for rest in (self.tiers.rest, self.tiers.parameter_rest))
 
     # ---- states that are away
 

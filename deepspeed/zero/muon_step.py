@@ -119,8 +119,6 @@ class MuonStep:
         self.missed_steps = {param: late for param, late in missed.items() if param not in self._momentum}
         self.ensure_state()
 
-    is_torn = False
-
     def ensure_state(self):
         names = self._adam.state_names()
         for part, (number, seg) in enumerate(self._adam_parts):

@@ -19,6 +19,9 @@ _FOR_SLICE = {"fp32": ("lp_params", "hp_params"), "grad": ("lp_grads",), "state"
 _FOR_STATE = (*_FOR_SLICE["fp32"], *_FOR_SLICE["state"])
 
 
+_MESSAGE_BYTES = 1000
+
+
 class DeepSpeedOptimizer:
     """Base class of what initialize() returns as the optimizer."""
 
@@ -64,6 +67,7 @@ class ShardedOptimizer(ZeROOptimizer):
         self.loss_scaler = options.scaler
         self.overflow = False
         self.skipped_bad = 0
+        self.torn = False    # some elements have been updated and others have not, on this rank or another
         self._norm = None
         self.group_of = {index: group_of[id(p)] for index, p in enumerate(managed.params) if p is not None and id(p) in group_of}
         index_of = {id(p): index for index, p in enumerate(managed.params) if p is not None}
@@ -108,7 +112,8 @@ class ShardedOptimizer(ZeROOptimizer):
             elif master is None:
                 store.make_master(flat)
                 master = store.master(flat)
-            s = OptimizerSlice(flat, master, low, rests, store.in_file(flat), apart)
+            mapped = store.in_file(flat) or store.shard_apart(flat) and hasattr(self.managed.tiers.parameter_rest, "folder")
+            s = OptimizerSlice(flat, master, low, rests, mapped, apart)
             for index, offset, numel in info["slots"]:
                 parameter = self.managed.params[index]
                 begin = offset
@@ -178,6 +183,8 @@ class ShardedOptimizer(ZeROOptimizer):
     def step(self, closure=None):
         """One update from the gradients reduced so far; skipped, with `overflow` set, when they are not finite."""
         self.managed.refuse_while_away("optimizer.step")
+        if self.torn:
+            raise RuntimeError("optimizer.step: an earlier update has failed midway: load a checkpoint first")
         loss = closure() if closure is not None else None
         sum_squares, bad, _ = self._reduced_stats()
         self.managed.store.adopt_written()
@@ -204,13 +211,31 @@ class ShardedOptimizer(ZeROOptimizer):
         read = managed.reducer.grad_slice if self.options.partial_slices else managed.reducer.grad
         if self.stepper.steps == 0:
             trim_heap()  # before the optimizer state takes its place: what building the model and the first graph left behind
-        self.stepper.step([read(s.flat) for s in self.slices], factor, managed.reducer.frozen())
+        self._step(lambda: self.stepper.step([read(s.flat) for s in self.slices], factor, managed.reducer.frozen()))
         self.optimizer._opt_called = True  # torch's schedulers ask whether step() has run
         managed.reducer.zero()
         if self.options.partial_slices:
             managed.store.publish_all()
             managed.store.refresh_full()
         managed.leave_files()
+
+    def _step(self, update):
+        """Where a file can fail, all ranks hear of it before anybody waits for the new weights."""
+        if not self.managed.tiers.in_files:
+            update()
+            return
+        failure = None
+        try:
+            update()
+        except Exception as error:
+            failure = error
+        said = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()[:_MESSAGE_BYTES]
+        heard = self.managed.transports.world.all_gather_host(said.ljust(_MESSAGE_BYTES, b"\0"), "update_failures")
+        failed = {rank: text.rstrip(b"\0").decode(errors="replace") for rank, text in enumerate(heard) if text.rstrip(b"\0")}
+        if failed:
+            self.torn = True
+            first = min(failed)
+            raise RuntimeError(f"the update failed on rank {first}: {failed[first]}") from failure
 
     def _skip(self):
         where = self._first_bad()

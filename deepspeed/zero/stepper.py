@@ -160,11 +160,6 @@ class FusedStep:
         self.native.ensure_states()
         self.show_state()
 
-    @property
-    def is_torn(self):
-        """An update has failed in the middle: some elements have been updated and others have not."""
-        return self.native.is_torn
-
 
 class ClientStep:
     """Any torch optimizer: it sees one fp32 parameter for each slice, shaped like the whole parameter where the slice is whole."""
@@ -176,7 +171,6 @@ class ClientStep:
         self.steps = 0
 
     missed_steps = {}   # the optimizer itself counts each parameter's updates
-    is_torn = False
 
     def step(self, grads, grad_scale, frozen=()):
         self.steps += 1

@@ -30,6 +30,11 @@ class Tiers:
         return self.parameter_rest is not None or bool(self.parameter_folder)
 
 
+    @property
+    def in_files(self):
+        return bool(self.parameter_folder) or any(hasattr(rest, "folder") for rest in (self.rest, self.parameter_rest))
+
+
 IN_MEMORY = Tiers()
 
 

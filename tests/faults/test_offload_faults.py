@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.parity.launch import _context, _die_with_parent, on_ranks, run
 from tests.parity.test_offload import on_files
@@ -106,6 +107,31 @@ def test_the_same_engine_goes_on_from_a_checkpoint(tmp_path):
             engine.load_checkpoint(str(tmp_path / "saved"), tag=f"step{done}" if done else "start")
     assert_same(whole(engine.module), want)
     assert failures > 0
+    engine.destroy()
+
+
+@on_ranks(2)
+def test_an_error_on_one_rank_is_everyones(tmp_path):
+    want = wanted(3, tmp_path)
+    text = "seed=1,error=0.5" if dist.get_rank() == 1 else ""
+    engine = engine_with(text, tmp_path)
+    with pytest.raises(RuntimeError, match="the update failed on rank 1: .*errno"):
+        train(engine, 1, width=WIDTH)
+    with pytest.raises(RuntimeError, match="has failed midway"):
+        engine.save_checkpoint(str(tmp_path / "bad"))
+    engine.destroy()
+    assert_same(want, wanted(3, tmp_path))   # and the ranks still understand each other
+
+
+@on_ranks(1)
+def test_a_failed_update_of_the_optimizer_itself_is_not_saved(tmp_path):
+    engine = engine_with("seed=1,error=0.9", tmp_path)
+    engine.backward(engine(batch(0, width=WIDTH).bfloat16()))
+    with pytest.raises(RuntimeError, match="errno"):
+        engine.optimizer.step()
+    for call in (engine.optimizer.step, lambda: engine.save_checkpoint(str(tmp_path / "bad")), lambda: engine(batch(0, width=WIDTH).bfloat16())):
+        with pytest.raises(RuntimeError, match="failed midway"):
+            call()
     engine.destroy()
 
 

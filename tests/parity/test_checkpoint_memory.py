@@ -52,6 +52,9 @@ def start(stage, precision="fp32", background=False):
     engine = deepspeed.initialize(model=Tall(), config=cfg)[0]
     stepper = engine.optimizer.stepper
     stepper.ensure_state()   # as the first update would
+    for number in range(len(engine.optimizer.slices)):
+        for state in stepper.memory_of(number):
+            state.zero_()    # takes the memory that is set aside
     stepper.steps = 1
     return engine
 

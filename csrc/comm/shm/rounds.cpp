@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "base/error.h"
 #include "comm/checks.h"
@@ -142,22 +143,29 @@ std::vector<std::shared_ptr<File>> ShmTransport::exchange_files(size_t bytes, co
   std::string problem;
   try {
     mine = platform::File::unique(folder, ".deepspeed-");
-    mine->reserve(0, static_cast<int64_t>(extent(bytes)));
   } catch (const Error& error) {
     problem = error.what();
   }
   // The name is there for the peers only, and goes whatever happens.
   struct Name {
-    const std::string path;
-    ~Name() {
-      if (!path.empty()) ::unlink(path.c_str());
+    std::string path;
+    void remove() {
+      if (!path.empty()) ::unlink(std::exchange(path, "").c_str());
     }
+    ~Name() { remove(); }
   } name{mine ? mine->path() : ""};
   const std::vector<Card> paths = say(problem.empty() ? name.path : problem, !problem.empty());
   for (int r = 0; r < size_ && problem.empty(); ++r) {
     const int fd = r == rank_ ? ::fcntl(mine->fd(), F_DUPFD_CLOEXEC, 0) : ::open(paths[r].text, O_RDONLY | O_CLOEXEC);
     if (fd < 0) problem = std::string("cannot open ") + paths[r].text + " of rank " + std::to_string(r) + ": " + std::strerror(errno);
     if (fd >= 0) files[r] = std::make_shared<File>(fd);
+  }
+  say(problem, !problem.empty());
+  name.remove();   // before space is set aside: a process that is killed up to here leaves an empty file
+  try {
+    mine->reserve(0, static_cast<int64_t>(extent(bytes)));
+  } catch (const Error& error) {
+    problem = error.what();
   }
   say(problem, !problem.empty());
   return files;
