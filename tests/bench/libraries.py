@@ -128,10 +128,10 @@ class DeepSpeedApi:
         }
         if setup.folder:
             files = {"device": "nvme", "nvme_path": setup.folder}
-            config["zero_optimization"]["offload_optimizer"] = {**files, "pipeline_read": True, "pipeline_write": True}
+            config["zero_optimization"]["offload_optimizer"] = files
             config["aio"] = {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True, "intra_op_parallelism": 1}
             if setup.stage == 3:
-                config["zero_optimization"]["offload_param"] = {**files, "buffer_size": 4 << 20, "max_in_cpu": 0}
+                config["zero_optimization"]["offload_param"] = files
         if setup.dtype == "bf16":
             config["bf16"] = {"enabled": True}
         if setup.dtype == "fp16":
