@@ -363,6 +363,7 @@ class ShardedOptimizer(ZeROOptimizer):
         names = {p: self.managed.store.param_name(p) for p in self._where}
         self.stepper.missed_steps = {p: missed[name] for p, name in names.items() if name in missed}
         self._publish()
+        self.managed.leave_files()
 
     # ---- slices by parameter
 

@@ -32,9 +32,9 @@ def _full(parameter, kind, key=None):
     if mine is None:
         return None
     mine = mine.to(home.owner.device)   # also when it rests on the host
-    if not optimizer.slices_are_partial(kind):
-        return shaped_like(mine.clone(), parameter)
-    return shaped_like(home.owner.gather_slices(parameter, mine), parameter)
+    whole = home.owner.gather_slices(parameter, mine) if optimizer.slices_are_partial(kind) else mine.clone()
+    home.owner.leave_files()
+    return shaped_like(whole, parameter)
 
 
 def _set_full(parameter, value, kind, key=None):
@@ -55,6 +55,7 @@ def _set_full(parameter, value, kind, key=None):
         optimizer.refresh_parameter(parameter)
     elif kind == "grad":
         optimizer.gradient_was_set(parameter)
+    home.owner.leave_files()
 
 
 def safe_get_full_fp32_param(param):
