@@ -27,6 +27,8 @@ class SliceRest {
   // It lies in the host's memory and the weights do not: what passes between them goes through a StagingRing, pinned or not.
   virtual bool apart() const { return false; }
   virtual bool pinned() const { return false; }
+  // It will be read through the tensor soon.
+  virtual void expect(const at::Tensor&) {}
   // What was touched through such a tensor takes no memory of this process any more. Its values stay.
   virtual void leave(const at::Tensor& t) = 0;
   virtual void leave_all() = 0;

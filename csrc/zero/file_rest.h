@@ -7,6 +7,7 @@
 #include "offload/tier_file.h"
 #include "offload/tile_stream.h"
 #include "optim/slice_rest.h"
+#include "platform/memory.h"
 
 namespace ds::zero {
 
@@ -20,6 +21,7 @@ class FileRest : public optim::SliceRest {
   bool holds(const at::Tensor& t) const override { return t.defined() && t.device().is_cpu() && file_->offset_of(t.data_ptr()).has_value(); }
   bool apart() const override { return apart_; }
   bool pinned() const override { return pinned_; }
+  void expect(const at::Tensor& t) override { platform::prefetch_pages(t.data_ptr(), t.nbytes()); }
   void leave(const at::Tensor& t) override { file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes())); }
   void leave_all() override { file_->leave_all(); }
   void stream(const std::vector<Job>& jobs, const Work& work) override;

@@ -88,12 +88,13 @@ void ParamStore::leave_files() {
 void ParamStore::expect(int index) {
   // One rank waits for nobody: it may begin whatever the others do.
   if (options_.parameter_rest && world() == 1) gather(index, "gather_ahead", /*prefetch=*/true);
-  if (options_.folder.empty()) return;
+  if (options_.folder.empty() && !options_.parameter_rest) return;
   Unit& unit = units_.at(index);
   if (!options_.shard_params || unit.state != UnitState::Sharded) return;
   for (int f : unit.flats) {
     const Flat& flat = flats_[f];
     if (flat.home && flat.home->in_file()) platform::prefetch_pages(flat.shard.data_ptr(), flat.shard.nbytes());
+    if (!flat.home) options_.parameter_rest->expect(flat.shard);
   }
 }
 
