@@ -107,7 +107,7 @@ def held_by_tier(cfg):
     for number, s in enumerate(engine.optimizer.slices):
         for kind, tensors in (("gradients", [managed.reducer.grad_slice(s.flat)]), ("optimizer_state", engine.optimizer.stepper.memory_of(number)),
                               ("master_weights", [s.master] if s.low is not None else [])):
-            files[kind] += sum(t.nbytes for t in tensors if managed.rests_in_file(t))
+            files[kind] += sum(t.nbytes for t in tensors if managed.rests_elsewhere(t))
     staging = rest.buffer_bytes if rest is not None else 0
     held = held_bytes(engine.optimizer)
     engine.destroy()
