@@ -208,7 +208,7 @@ def test_the_first_error_comes_after_the_last_operation(engine, tmp_path, monkey
     handle = aio.aio_handle()
     for i in range(12):
         handle.async_pwrite(numbers(2000), str(tmp_path / str(i)))
-    with pytest.raises(OSError, match="write of 8000 bytes at offset 0 of"):
+    with pytest.raises(OSError, match="write of 8000 bytes at offset 0 "):
         handle.wait()
     assert handle.wait() == 0
 
