@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 
 #include "base/checked.h"
@@ -39,8 +40,8 @@ void TierFile::free(char* data) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = ranges_.find(data);
   ::munmap(data, static_cast<size_t>(found->second.bytes));
-  // Where it cannot be punched out, the space is given back with the file.
-  if (::fallocate(file_->file().fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, found->second.offset, found->second.bytes) != 0) errno = 0;
+  // A request: where the system cannot punch it out, the space is given back with the file.
+  ::fallocate(file_->file().fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, found->second.offset, found->second.bytes);
   ranges_.erase(found);
 }
 

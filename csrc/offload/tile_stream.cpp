@@ -28,18 +28,15 @@ struct TileStream::Slot {
     for (const auto& request : requests) request->wait();
     requests.clear();
   }
-  // Nobody touches the memory any more after this. False: something failed, which no longer matters.
-  bool settle() noexcept {
-    bool fine = true;
+  // Nobody touches the memory any more after this. The first error is on its way to the caller already; these are not reported.
+  void settle() noexcept {
     for (const auto& request : requests) {
       try {
         request->wait();
       } catch (const std::exception&) {
-        fine = false;
       }
     }
     requests.clear();
-    return fine;
   }
 };
 
@@ -58,10 +55,8 @@ std::vector<TileStream::Tile> TileStream::cut(const std::vector<StreamJob>& jobs
       DS_CHECK(array.offset % kPage == 0, "an array to stream must begin on a page, not at " << array.offset);
       widest = std::max(widest, array.element_bytes);
     }
-    const int64_t numel = options_.tile_bytes / widest / kPage * kPage;   // whole pages of every array, whatever its elements
-    for (int64_t begin = 0; begin < jobs[j].numel; begin += std::max(numel, kPage)) {
-      tiles.push_back({j, begin, std::min(std::max(numel, kPage), jobs[j].numel - begin)});
-    }
+    const int64_t most = std::max(options_.tile_bytes / widest / kPage * kPage, kPage);   // whole pages of every array, whatever its elements
+    for (int64_t begin = 0; begin < jobs[j].numel; begin += most) tiles.push_back({j, begin, std::min(most, jobs[j].numel - begin)});
   }
   return tiles;
 }
@@ -92,7 +87,7 @@ void TileStream::run(const std::shared_ptr<io::EngineFile>& file, const std::vec
 
   std::vector<Slot> slots(count);
   // Half of the slots read ahead, so that a slot's writes have had time when it is read into again.
-  const size_t ahead = std::max<size_t>(1, (count - 1) / 2 + (count - 1) % 2);
+  const size_t ahead = std::max<size_t>(1, count / 2);
   const auto read = [&](size_t number) {
     const Tile& t = tiles[number];
     Slot& slot = slots[number % count];

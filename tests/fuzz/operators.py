@@ -238,6 +238,21 @@ FITTING = {f"deepspeed::{name}": fit for name, fit in {
 }.items()}
 
 
+def attempt(last, number, what, arguments, run):
+    """(outcome, exception or None) of run(). `last`, an open file, says what was called with what, whatever becomes of this process."""
+    last.seek(0)
+    last.truncate()
+    last.write(f"call {number}\n{what}\n" + "".join(f"  {name} = {describe(value)}\n" for name, value in arguments.items()))
+    last.flush()
+    try:
+        run()
+    except EXPECTED as error:
+        if "INTERNAL ASSERT" in str(error):
+            raise
+        return "refused", error
+    return "done", None
+
+
 def call(schema, number, rng, last):
     """(outcome, exception or None) of one random call."""
     draw = Draw(rng)
@@ -252,21 +267,15 @@ def call(schema, number, rng, last):
         for value in arguments.values():
             if torch.is_tensor(value) and value.is_floating_point() and rng.random() < 0.7:
                 value.requires_grad_()
-    last.seek(0)
-    last.truncate()
-    last.write(f"call {number}\n{schema}\n" + "".join(f"  {name} = {describe(value)}\n" for name, value in arguments.items()))
-    last.flush()
     namespace, name = schema.name.split("::")
-    try:
+
+    def run():
         result = getattr(getattr(getattr(torch.ops, namespace), name), schema.overload_name or "default")(**arguments)
         outputs = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if torch.is_tensor(t) and t.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.randn_like(t) for t in outputs])
-    except EXPECTED as error:
-        if "INTERNAL ASSERT" in str(error):
-            raise
-        return "refused", error
-    return "done", None
+
+    return attempt(last, number, schema, arguments, run)
 
 
 def main():

@@ -9,7 +9,7 @@ import sys
 import time
 
 import torch
-from operators import EXPECTED, FLOATS, SIZES, Draw, describe
+from operators import FLOATS, SIZES, Draw, attempt
 
 from deepspeed._native import lib
 
@@ -71,17 +71,7 @@ def call(name, number, rng, last):
     arguments = fitting(rng, states, numbers)
     if rng.random() < 0.6:
         broken(rng, arguments)
-    last.seek(0)
-    last.truncate()
-    last.write(f"call {number}\n{name}\n" + "".join(f"  {key} = {describe(value)}\n" for key, value in arguments.items()))
-    last.flush()
-    try:
-        getattr(lib(), name)(**arguments)
-    except EXPECTED as error:
-        if "INTERNAL ASSERT" in str(error):
-            raise
-        return "refused", error
-    return "done", None
+    return attempt(last, number, name, arguments, lambda: getattr(lib(), name)(**arguments))
 
 
 def main():
