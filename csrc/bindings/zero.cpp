@@ -7,6 +7,8 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/utils/tensor_dtypes.h>
 
+#include <map>
+
 #include "optim/device_ops.h"
 #include "optim/slice_optimizer.h"
 #include "zero/autograd_hooks.h"
@@ -252,6 +254,14 @@ void bind_reducer(py::module_& m) {
            })
       .def("set_post_scale", &GradReducer::set_post_scale)
       .def("set_refusal", &GradReducer::set_refusal)
+      .def("set_final", &GradReducer::set_final)
+      .def(
+          "speculate_with",
+          [](GradReducer& r, std::shared_ptr<optim::SliceOptimizer> optimizer, const std::map<int, size_t>& slices) {
+            r.set_listeners([&r, optimizer, slices](int flat) { optimizer->speculate(slices.at(flat), r.grad_slice(flat)); },
+                            [optimizer, slices](int flat) { optimizer->revoke(slices.at(flat)); });
+          },
+          py::arg("optimizer"), py::arg("slices"), "`slices`: {flat: number of its slice}. See Note [Speculative updates].")
       .def("add_replicas", &GradReducer::add_replicas, Release())
       .def("reduce_stats", &GradReducer::reduce_stats, Release())
       .def("gather_grads", &GradReducer::gather_grads, Release())
@@ -305,24 +315,26 @@ void bind_rest(py::module_& m) {
   using zero::HostRest;
   py::class_<SliceRest, std::shared_ptr<SliceRest>>(m, "SliceRest", "Where slices rest between steps; see csrc/optim/slice_rest.h.")
       .def("zeros", [](SliceRest& r, int64_t numel, const py::object& dtype) { return r.zeros(numel, scalar_type(dtype)); })
+      .def("has_second_place", &SliceRest::has_second_place)
       .def("holds", &SliceRest::holds)
       .def("leave", &SliceRest::leave)
       .def("leave_all", &SliceRest::leave_all)
       .def_property_readonly("apart", &SliceRest::apart);
   py::class_<HostRest, SliceRest, std::shared_ptr<HostRest>>(m, "HostRest", "Optimizer state on the host; see csrc/zero/host_rest.h.")
-      .def(py::init<bool, int64_t>(), py::arg("pinned"), py::arg("tile_bytes"))
+      .def(py::init<bool, int64_t, bool>(), py::arg("pinned"), py::arg("tile_bytes"), py::arg("second_places") = false)
       .def_property_readonly("bytes", &HostRest::bytes);
   py::class_<FileRest, SliceRest, std::shared_ptr<FileRest>>(m, "FileRest", "Optimizer state in a file; see csrc/zero/file_rest.h.")
       .def(py::init([](const std::string& folder, int buffers, int64_t tile_bytes, int64_t block_bytes, int queue_depth, int threads,
-                       bool apart, bool pinned) {
+                       bool apart, bool pinned, bool second_places) {
              io::EngineOptions options;
              options.chunk_bytes = block_bytes;
              options.queue_depth = queue_depth;
              options.threads = threads;
-             return std::make_shared<FileRest>(offload::TierFile::create(folder, options), offload::StreamOptions{tile_bytes, buffers}, apart, pinned);
+             return std::make_shared<FileRest>(offload::TierFile::create(folder, options), offload::StreamOptions{tile_bytes, buffers}, apart, pinned,
+                                               second_places);
            }),
            py::arg("folder"), py::arg("buffers"), py::arg("tile_bytes"), py::arg("block_bytes"), py::arg("queue_depth"), py::arg("threads"),
-           py::arg("apart") = false, py::arg("pinned") = false, Release())
+           py::arg("apart") = false, py::arg("pinned") = false, py::arg("second_places") = false, Release())
       .def_property_readonly("folder", [](const FileRest& r) { return r.file().folder(); })
       .def_property_readonly("bytes", [](const FileRest& r) { return r.file().bytes(); })
       .def_property_readonly("buffer_bytes", &FileRest::buffer_bytes)
@@ -378,12 +390,20 @@ void bind_optimizer(py::module_& m) {
       .def("set_whole", &SliceOptimizer::set_whole)
       .def("step", &SliceOptimizer::step, py::arg("groups"), py::arg("grads"), py::arg("grad_scale"),
            py::arg("frozen") = std::vector<int64_t>(), Release())
+      .def("foresee", &SliceOptimizer::foresee, py::arg("groups"), py::arg("grad_scale"), Release())
+      .def("wait_ahead", &SliceOptimizer::wait_ahead, Release(), "Until what speculation has begun is computed.")
+      .def("drop_speculation", &SliceOptimizer::drop_speculation, Release())
+      .def_property_readonly("speculated", &SliceOptimizer::speculated_steps, "Slices that had been computed when their step came, so far.")
       .def("missed_steps", &SliceOptimizer::missed_steps)
-      .def("set_missed_steps", &SliceOptimizer::set_missed_steps)
+      .def("set_missed_steps", &SliceOptimizer::set_missed_steps, Release())
       .def("state_names", &SliceOptimizer::state_names)
       .def("states", [](SliceOptimizer& o, int slice) { return o.slices().at(slice).states; })
       .def("set_states",
-           [](SliceOptimizer& o, int slice, std::vector<at::Tensor> states) { o.slices().at(slice).states = std::move(states); })
+           [](SliceOptimizer& o, int slice, std::vector<at::Tensor> states) {
+             py::gil_scoped_release release;
+             o.drop_speculation();
+             o.slices().at(slice).states = std::move(states);
+           })
       .def("state_bytes", &SliceOptimizer::state_bytes);
   m.def("copy_scale", &optim::copy_scale, py::arg("dst"), py::arg("src"), py::arg("scale"), Release(),
         "dst = cast(scale * src) over contiguous one-dimensional tensors of float32, float16 or bfloat16.");

@@ -125,8 +125,8 @@ Key offload_optimizer_section() {
        boolean("pipeline_write", false, "Without effect: tiles are always written behind").accepted(),
        boolean("fast_init", false, "Without effect: creation is fast").accepted(),
        number("ratio", 1.0, "Share of the states that rests there; below 1 only at stage 3").at_least(0).at_most(1),
-       boolean("super_offload", false, "Without effect yet: the update begins when backward has ended").accepted(),
-       number("cpuadam_cores_perc", 0.8, "Share of the cores for super_offload").at_least(0).at_most(1).accepted()})
+       boolean("super_offload", false, "Slices are updated beside backward, as their gradients become final; takes the state's space twice"),
+       number("cpuadam_cores_perc", 0.8, "Without effect: as many threads as torch uses").at_least(0).at_most(1).accepted()})
       .on_stages("1-3");
 }
 

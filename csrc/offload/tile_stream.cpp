@@ -53,6 +53,7 @@ std::vector<TileStream::Tile> TileStream::cut(const std::vector<StreamJob>& jobs
     for (const StreamArray& array : jobs[j].arrays) {
       DS_CHECK(array.element_bytes > 0 && kPage % array.element_bytes == 0, "elements of " << array.element_bytes << " bytes cannot be streamed");
       DS_CHECK(array.offset % kPage == 0, "an array to stream must begin on a page, not at " << array.offset);
+      DS_CHECK(array.written_to < 0 || array.written_to % kPage == 0, "an array must be written from a page on, not at " << array.written_to);
       widest = std::max(widest, array.element_bytes);
     }
     const int64_t most = std::max(options_.tile_bytes / widest / kPage * kPage, kPage);   // whole pages of every array, whatever its elements
@@ -107,7 +108,8 @@ void TileStream::run(const std::shared_ptr<io::EngineFile>& file, const std::vec
     std::vector<io::Transfer> writes;
     for (size_t i = 0; i < jobs[t.job].arrays.size(); ++i) {
       const StreamArray& a = jobs[t.job].arrays[i];
-      if (a.write) writes.push_back({file, /*is_write=*/true, a.offset + t.begin * a.element_bytes, slot.data[i], bytes_of(t, a)});
+      const int64_t offset = a.written_to >= 0 ? a.written_to : a.offset;
+      if (a.write) writes.push_back({file, /*is_write=*/true, offset + t.begin * a.element_bytes, slot.data[i], bytes_of(t, a)});
     }
     slot.requests = engine_.start(std::move(writes));
   };

@@ -23,6 +23,7 @@ struct StreamArray {
   int64_t offset = 0;
   int64_t element_bytes = 4;
   bool write = true;
+  int64_t written_to = -1;   // where the new values go, also aligned to a page; -1: in place of the old ones
 };
 
 // Arrays of equal length that are worked on together.

@@ -101,15 +101,15 @@ void SliceOptimizer::ensure_states() {
     if (!slice.states.empty()) continue;
     std::vector<at::Tensor> states;
     for (size_t i = 0; i < state_names().size(); ++i) {
-      states.push_back(slice.home.rests ? rest_->zeros(slice.master.numel(), at::kFloat)
+      states.push_back(slice.home.rests ? rest_->zeros(slice.master.numel(), at::kFloat, /*second_place=*/true)
                              : long_lived_zeros(slice.master.numel(), at::kFloat, slice.master.device()));
     }
     slice.states = std::move(states);
   }
 }
 
-// Runs are made anew only when another set of parameters is frozen.
-void SliceOptimizer::pass_over(const std::vector<int64_t>& frozen) {
+// Runs are made anew only when another set of parameters is frozen; else true.
+bool SliceOptimizer::pass_over(const std::vector<int64_t>& frozen) {
   std::vector<int64_t> now = frozen;
   std::sort(now.begin(), now.end());
   const bool changed = now != frozen_;
@@ -119,6 +119,7 @@ void SliceOptimizer::pass_over(const std::vector<int64_t>& frozen) {
     if (frozen_.empty()) continue;
     for (Segment& s : slice.segments) s.missed += contains(frozen_, s.param);
   }
+  return !changed;
 }
 
 std::map<int64_t, int64_t> SliceOptimizer::missed_steps() const {
@@ -132,6 +133,7 @@ std::map<int64_t, int64_t> SliceOptimizer::missed_steps() const {
 }
 
 void SliceOptimizer::set_missed_steps(const std::map<int64_t, int64_t>& missed) {
+  speculation_.drop();
   for (OwnedSlice& slice : slices_) {
     for (Segment& s : slice.segments) {
       const auto found = missed.find(s.param);
@@ -147,7 +149,8 @@ void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at
   DS_CHECK(!torn_, "an earlier update failed in the middle: load a checkpoint before the next one");
   at::NoGradGuard no_grad;
   ensure_states();
-  pass_over(frozen);
+  const std::vector<size_t> ahead = speculation_.settle(groups, grad_scale);
+  const bool same_runs = pass_over(frozen);
   if (kind_ == Kind::Lamb) {
     step_lamb(groups, grads, grad_scale);
     return;
@@ -155,6 +158,10 @@ void SliceOptimizer::step(const std::vector<Hyper>& groups, const std::vector<at
   std::vector<size_t> resting;
   for (size_t i = 0; i < slices_.size(); ++i) {
     const OwnedSlice& slice = slices_[i];
+    if (same_runs && std::binary_search(ahead.begin(), ahead.end(), i)) {
+      take_ahead(i);
+      continue;
+    }
     if (slice.home.rests) {
       resting.push_back(i);
       continue;
@@ -174,40 +181,95 @@ void SliceOptimizer::step_runs(const OwnedSlice& slice, const std::vector<Segmen
 void SliceOptimizer::step_resting(const std::vector<size_t>& slices, const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads,
                                   float grad_scale) {
   std::vector<SliceRest::Job> jobs;
-  for (size_t i : slices) {
-    const OwnedSlice& slice = slices_[i];
-    SliceRest::Job job;
-    if (rest_->holds(slice.master)) job.arrays.push_back(slice.master);
-    job.arrays.insert(job.arrays.end(), slice.states.begin(), slice.states.end());
-    job.write.assign(job.arrays.size(), true);
-    jobs.push_back(std::move(job));
-  }
+  for (size_t i : slices) jobs.push_back(job_of(slices_[i]));
   torn_ = true;   // until all is done
   rest_->stream(jobs, [&](size_t number, int64_t begin, const std::vector<at::Tensor>& tile) {
     const size_t i = slices[number];
     const OwnedSlice& slice = slices_[i];
-    const int64_t numel = tile.front().numel();
-    const auto cut = [&](const at::Tensor& t) { return t.defined() ? t.narrow(0, begin, numel) : t; };
-    const bool has_master = tile.size() > slice.states.size();
-    OwnedSlice view;
-    view.master = has_master ? tile.front() : cut(slice.master);
-    view.low = cut(slice.low);
-    view.home = slice.home;
-    view.states.assign(tile.begin() + (has_master ? 1 : 0), tile.end());
-    std::vector<Segment> runs;
-    for (const Segment& run : slice.runs) {
-      const Segment part = within(run, begin, numel);
-      if (part.numel > 0) runs.push_back(part);
-    }
-    const at::Tensor grad = cut(grads[i]);
+    OwnedSlice view = tile_of(slice, begin, tile);
+    const at::Tensor grad = grads[i].narrow(0, begin, view.master.numel());
     if (slice.home.weights_apart) {
-      step_staged(view, runs, groups, grad, grad_scale);
+      step_staged(view, view.runs, groups, grad, grad_scale);
     } else {
-      step_runs(view, runs, groups, grad, grad_scale);
+      step_runs(view, view.runs, groups, grad, grad_scale);
     }
     leave(view, grad);
   });
   torn_ = false;
+}
+
+SliceRest::Job SliceOptimizer::job_of(const OwnedSlice& slice) const {
+  SliceRest::Job job;
+  if (rest_->holds(slice.master)) job.arrays.push_back(slice.master);
+  job.arrays.insert(job.arrays.end(), slice.states.begin(), slice.states.end());
+  job.write.assign(job.arrays.size(), true);
+  return job;
+}
+
+// What of the slice lies in a tile of its job, counted from there.
+OwnedSlice SliceOptimizer::tile_of(const OwnedSlice& slice, int64_t begin, const std::vector<at::Tensor>& tile) const {
+  const int64_t numel = tile.front().numel();
+  const auto cut = [&](const at::Tensor& t) { return t.defined() ? t.narrow(0, begin, numel) : t; };
+  const bool has_master = tile.size() > slice.states.size();
+  OwnedSlice view;
+  view.master = has_master ? tile.front() : cut(slice.master);
+  view.low = cut(slice.low);
+  view.home = slice.home;
+  view.states.assign(tile.begin() + (has_master ? 1 : 0), tile.end());
+  for (const Segment& run : slice.runs) {
+    const Segment part = within(run, begin, numel);
+    if (part.numel > 0) view.runs.push_back(part);
+  }
+  return view;
+}
+
+void SliceOptimizer::foresee(const std::vector<Hyper>& groups, float grad_scale) {
+  if (rest_ && !torn_) speculation_.foresee({groups, grad_scale});
+}
+
+void SliceOptimizer::speculate(size_t i, const at::Tensor& grad) {
+  const OwnedSlice& slice = slices_.at(i);
+  if (!speculation_.active() || !slice.home.rests || slice.states.empty() || slice.master.numel() == 0) return;
+  const SliceRest::Job job = job_of(slice);
+  if (!std::all_of(job.arrays.begin(), job.arrays.end(), [this](const at::Tensor& t) { return rest_->has_second_place(t); })) return;
+  ahead_.resize(slices_.size());
+  if (!ahead_[i].defined()) ahead_[i] = rest_->zeros(slice.master.numel(), (slice.low.defined() ? slice.low : slice.master).scalar_type());
+  std::vector<at::Tensor> sources = slice.states;
+  sources.insert(sources.end(), {slice.master, slice.low});
+  speculation_.begin(i, std::move(sources), [this, &slice, ahead = ahead_[i], grad](const Foreseen& step) { compute_ahead(slice, ahead, grad, step); });
+}
+
+void SliceOptimizer::compute_ahead(const OwnedSlice& slice, const at::Tensor& ahead, const at::Tensor& grad, const Foreseen& step) {
+  at::NoGradGuard no_grad;
+  rest_->stream({job_of(slice)}, [&](size_t, int64_t begin, const std::vector<at::Tensor>& tile) {
+    OwnedSlice view = tile_of(slice, begin, tile);
+    const at::Tensor weights = ahead.narrow(0, begin, view.master.numel()), part_grad = grad.narrow(0, begin, view.master.numel());
+    if (view.low.defined()) {
+      view.low = weights;
+    } else {
+      view.master = weights.copy_(view.master);
+    }
+    step_runs(view, view.runs, step.groups, part_grad, step.grad_scale);
+    rest_->leave(weights);
+    if (rest_->holds(part_grad)) rest_->leave(part_grad);
+  }, SliceRest::Into::Second);
+}
+
+// The slice becomes what was computed.
+void SliceOptimizer::take_ahead(size_t i) {
+  const OwnedSlice& slice = slices_[i];
+  const at::Tensor& weights = slice.low.defined() ? slice.low : slice.master;
+  torn_ = true;   // until all is done
+  for (const at::Tensor& array : job_of(slice).arrays) rest_->exchange(array);
+  if (slice.home.weights_apart) {
+    upload(slice, slice.runs, ahead_[i]);
+  } else {
+    for (const Segment& run : slice.runs) part(weights, run).copy_(part(ahead_[i], run));
+  }
+  rest_->leave(ahead_[i]);
+  leave(slice, at::Tensor());
+  torn_ = false;
+  ++speculated_;
 }
 
 // The weights are elsewhere: they are made in staging memory, and sent while the next tile is worked on.
@@ -220,6 +282,11 @@ void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Segment>& r
   step_runs(view, runs, groups, grad, grad_scale);
   for (const Segment& run : runs) part(remote, run).copy_(part(view.low, run), /*non_blocking=*/true);
   buffer.mark();
+}
+
+void SliceOptimizer::upload(const OwnedSlice& slice, const std::vector<Segment>& runs, const at::Tensor& values) {
+  if (!uploads_) uploads_ = std::make_unique<StagingRing>(slice.low.device(), rest_->pinned(), 2);
+  for (const Segment& run : runs) uploads_->send(part(slice.low, run), part(values, run));
 }
 
 // What the update touched of files that are mapped leaves memory.

@@ -10,21 +10,15 @@
 #include <string>
 #include <vector>
 
+#include "optim/hyper.h"
 #include "optim/slice_rest.h"
+#include "optim/speculation.h"
 #include "optim/staging_ring.h"
 
 namespace ds::optim {
 
 enum class Kind { Adam, Lion, Adagrad, Sgd, Lamb };
 Kind parse_kind(const std::string& name);
-
-// The hyperparameters of one parameter group as they stand when the step runs; each kind reads what it needs.
-struct Hyper {
-  double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0, momentum = 0, dampening = 0;
-  double max_coeff = 10, min_coeff = 0.01;
-  bool decoupled = true, bias_correction = true, nesterov = false, eps_inside_sqrt = false;
-  int64_t step = 1;   // number of this update, from 1
-};
 
 // A run of one parameter's elements inside a slice. `param` is any number that is the same on all ranks.
 struct Segment {
@@ -69,6 +63,16 @@ class SliceOptimizer {
   // updated and others have not: is_torn() from then on, and every later step throws.
   void step(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale,
             const std::vector<int64_t>& frozen = {});
+  // Note [Speculative updates]. foresee(): the next step will probably be this one; speculate(): the slice's gradient is final; revoke(): it has
+  // changed all the same; drop_speculation(): something else has. step() sees whether they were right. Only slices whose state has second places
+  // are computed in advance, others wait for the step.
+  void foresee(const std::vector<Hyper>& groups, float grad_scale);
+  void speculate(size_t slice, const at::Tensor& grad);
+  void revoke(size_t slice) { speculation_.revoke(slice); }
+  void drop_speculation() { speculation_.drop(); }
+  void wait_ahead() { speculation_.wait(); }
+  int64_t speculated_steps() const { return speculated_; }   // slices that were ready when their step came, so far
+
   // {param: updates that passed it over}, where there were any.
   std::map<int64_t, int64_t> missed_steps() const;
   void set_missed_steps(const std::map<int64_t, int64_t>& missed);
@@ -87,8 +91,13 @@ class SliceOptimizer {
   void step_run(const OwnedSlice& slice, const Segment& run, const Hyper& h, const at::Tensor& grad, float grad_scale);
   void step_resting(const std::vector<size_t>& slices, const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
   void leave(const OwnedSlice& slice, const at::Tensor& grad);
+  SliceRest::Job job_of(const OwnedSlice& slice) const;
+  OwnedSlice tile_of(const OwnedSlice& slice, int64_t begin, const std::vector<at::Tensor>& tile) const;
+  void compute_ahead(const OwnedSlice& slice, const at::Tensor& ahead, const at::Tensor& grad, const Foreseen& step);
+  void take_ahead(size_t slice);
+  void upload(const OwnedSlice& view, const std::vector<Segment>& runs, const at::Tensor& values);
   void step_staged(OwnedSlice& view, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad, float grad_scale);
-  void pass_over(const std::vector<int64_t>& frozen);
+  bool pass_over(const std::vector<int64_t>& frozen);
   void step_lamb(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
 
   Kind kind_;
@@ -99,6 +108,9 @@ class SliceOptimizer {
   bool torn_ = false;
   std::vector<int64_t> frozen_;   // of the last step, sorted
   std::vector<OwnedSlice> slices_;
+  std::vector<at::Tensor> ahead_;   // by slice: what its weights become, while that is speculation
+  int64_t speculated_ = 0;
+  Speculation speculation_;   // the last member: its thread uses the others
 };
 
 }  // namespace ds::optim

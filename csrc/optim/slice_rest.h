@@ -20,9 +20,16 @@ class SliceRest {
   // tile[i]: the elements [begin, begin + tile[i].numel()) of the job's array i, in memory, for as long as the call lasts.
   using Work = std::function<void(size_t job, int64_t begin, const std::vector<at::Tensor>& tile)>;
 
+  // Where stream() puts what the work has changed.
+  enum class Into { Place, Second };
+
   virtual ~SliceRest() = default;
   // Zero-filled, one-dimensional. It can be read and written as any other tensor; leave() ends that.
-  virtual at::Tensor zeros(int64_t numel, at::ScalarType dtype) = 0;
+  // second_place: stream() can write elsewhere than into its values, if there is room for that (see has_second_place()).
+  virtual at::Tensor zeros(int64_t numel, at::ScalarType dtype, bool second_place = false) = 0;
+  virtual bool has_second_place(const at::Tensor&) const { return false; }
+  // What stream() has put into the second place becomes the array's values. No byte moves. `whole`: an array as zeros() gave it.
+  virtual void exchange(const at::Tensor& whole) = 0;
   virtual bool holds(const at::Tensor& t) const = 0;
   // It lies in the host's memory and the weights do not: what passes between them goes through a StagingRing, pinned or not.
   virtual bool apart() const { return false; }
@@ -33,7 +40,8 @@ class SliceRest {
   virtual void leave(const at::Tensor& t) = 0;
   virtual void leave_all() = 0;
   // Takes every job's arrays, which it holds, through memory in order. When it throws, some tiles are as they were and others changed.
-  virtual void stream(const std::vector<Job>& jobs, const Work& work) = 0;
+  // Into::Second: the arrays keep their values; every array that is written has a second place, and what it holds after an error is undefined.
+  virtual void stream(const std::vector<Job>& jobs, const Work& work, Into into = Into::Place) = 0;
 };
 
 }  // namespace ds::optim

@@ -16,6 +16,9 @@
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25  // Linux 6.1
 #endif
+#ifndef MREMAP_DONTUNMAP
+#define MREMAP_DONTUNMAP 4  // Linux 5.7
+#endif
 
 namespace ds::platform {
 namespace {
@@ -92,6 +95,27 @@ void advise_pages(const void* data, size_t bytes, int advice) {
 void unmap_pages(void* data, size_t bytes) { advise_pages(data, bytes, MADV_DONTNEED); }
 
 void prefetch_pages(const void* data, size_t bytes) { advise_pages(data, bytes, MADV_WILLNEED); }
+
+void exchange_pages(void* a, void* b, size_t bytes) {
+  if (bytes == 0) return;
+  // Where pages are moved from stays mapped, so that no other thread is given the address meanwhile.
+  const auto move = [bytes](void* from, void* to, int more) {
+    return mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED | more, to) != MAP_FAILED;
+  };
+  void* between = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  DS_CHECK(between != MAP_FAILED, "cannot map " << bytes << " bytes: " << std::strerror(errno) << " (errno " << errno << ")");
+  if (!move(a, between, MREMAP_DONTUNMAP)) {
+    munmap(between, bytes);
+    std::swap_ranges(static_cast<char*>(a), static_cast<char*>(a) + bytes, static_cast<char*>(b));
+    return;
+  }
+  if (!move(b, a, MREMAP_DONTUNMAP)) {
+    const int code = errno;
+    DS_CHECK(move(between, a, 0), "memory was lost while it was moved: " << std::strerror(errno) << " (errno " << errno << ")");
+    DS_FAIL("cannot move " << bytes << " bytes of pages: " << std::strerror(code) << " (errno " << code << ")");
+  }
+  DS_CHECK(move(between, b, 0), "memory was lost while it was moved: " << std::strerror(errno) << " (errno " << errno << ")");
+}
 
 void set_pin_hooks(const PinHooks& hooks) { g_pin_hooks = hooks; }
 

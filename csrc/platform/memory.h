@@ -34,6 +34,10 @@ void unmap_pages(void* data, size_t bytes);
 // Starts to read such pages from the disk.
 void prefetch_pages(const void* data, size_t bytes);
 
+// Two ranges of whole pages, of equal length, each (part of) one private mapping: their values change places. Where the system can, the pages do, so
+// that no byte is moved; otherwise the bytes are.
+void exchange_pages(void* a, void* b, size_t bytes);
+
 // Zero-filled memory mapped from the system; pages become resident when first written. Page-aligned; from kHugePageBytes on
 // aligned to and advised for huge pages (DS_HUGE_PAGES=0 turns the advice off). Movable, not copyable.
 class Buffer {

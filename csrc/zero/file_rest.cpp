@@ -9,13 +9,13 @@
 
 namespace ds::zero {
 
-at::Tensor FileRest::zeros(int64_t numel, at::ScalarType dtype) {
-  std::shared_ptr<void> range = file_->allocate(numel * static_cast<int64_t>(c10::elementSize(dtype)));
+at::Tensor FileRest::zeros(int64_t numel, at::ScalarType dtype, bool second_place) {
+  std::shared_ptr<void> range = file_->allocate(numel * static_cast<int64_t>(c10::elementSize(dtype)), second_place && second_places_);
   void* data = range.get();
   return at::from_blob(data, {numel}, [range](void*) {}, at::TensorOptions().dtype(dtype));
 }
 
-void FileRest::stream(const std::vector<Job>& jobs, const Work& work) {
+void FileRest::stream(const std::vector<Job>& jobs, const Work& work, Into into) {
   std::vector<offload::StreamJob> list;
   for (const Job& job : jobs) {
     offload::StreamJob entry;
@@ -27,6 +27,11 @@ void FileRest::stream(const std::vector<Job>& jobs, const Work& work) {
       // Pages in use through the mapping would be dropped from the cache one by one, in the midst of the transfer.
       file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes()));
       entry.arrays.push_back({*offset, static_cast<int64_t>(t.element_size()), job.write[i]});
+      if (into == Into::Second && job.write[i]) {
+        const auto second = file_->second_place_of(t.data_ptr());
+        DS_CHECK(second, "an array to stream into its second place has none");
+        entry.arrays.back().written_to = *second;
+      }
     }
     list.push_back(std::move(entry));
   }

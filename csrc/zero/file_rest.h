@@ -14,17 +14,20 @@ namespace ds::zero {
 class FileRest : public optim::SliceRest {
  public:
   // apart: the weights are on an accelerator.
-  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options, bool apart, bool pinned)
-      : file_(std::move(file)), options_(options), stream_(file_->engine(), options), apart_(apart), pinned_(pinned) {}
+  // second_places: arrays have them that ask for one.
+  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options, bool apart, bool pinned, bool second_places)
+      : file_(std::move(file)), options_(options), stream_(file_->engine(), options), apart_(apart), pinned_(pinned), second_places_(second_places) {}
 
-  at::Tensor zeros(int64_t numel, at::ScalarType dtype) override;
+  at::Tensor zeros(int64_t numel, at::ScalarType dtype, bool second_place = false) override;
+  bool has_second_place(const at::Tensor& t) const override { return file_->second_place_of(t.data_ptr()).has_value(); }
+  void exchange(const at::Tensor& whole) override { file_->exchange(whole.data_ptr()); }
   bool holds(const at::Tensor& t) const override { return t.defined() && t.device().is_cpu() && file_->offset_of(t.data_ptr()).has_value(); }
   bool apart() const override { return apart_; }
   bool pinned() const override { return pinned_; }
   void expect(const at::Tensor& t) override { platform::prefetch_pages(t.data_ptr(), t.nbytes()); }
   void leave(const at::Tensor& t) override { file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes())); }
   void leave_all() override { file_->leave_all(); }
-  void stream(const std::vector<Job>& jobs, const Work& work) override;
+  void stream(const std::vector<Job>& jobs, const Work& work, Into into = Into::Place) override;
 
   const offload::TierFile& file() const { return *file_; }
   int64_t buffer_bytes() const { return stream_.buffer_bytes(); }   // now
@@ -36,7 +39,7 @@ class FileRest : public optim::SliceRest {
   std::shared_ptr<offload::TierFile> file_;
   const offload::StreamOptions options_;
   offload::TileStream stream_;
-  const bool apart_, pinned_;
+  const bool apart_, pinned_, second_places_;
 };
 
 }  // namespace ds::zero

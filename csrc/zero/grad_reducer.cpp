@@ -278,30 +278,36 @@ void GradReducer::sink(int f, const void* const* srcs, int nsrc) {
 // The contributions as they are, on the stream that the sink was called with; their sum is taken on the host.
 void GradReducer::send_down(int f, const void* const* srcs, int nsrc) {
   // More than that only where waiting is not allowed, see Note [Waiting in the middle of backward].
-  while (descents_.size() >= kDescents && (may_wait() || descents_.front().buffer.done())) add_oldest();
-  if (free_.empty()) free_.emplace_back(store_.device(), options_.rest->pinned());
-  Descent descent{f, nsrc, round_scale_, std::move(free_.back())};
-  free_.pop_back();
+  if (may_wait()) sums_.wait_below(kDescents);
+  optim::StagingBuffer buffer(store_.device(), options_.rest->pinned());
+  {
+    const std::lock_guard<std::mutex> lock(free_mutex_);
+    if (!free_.empty()) {
+      buffer = std::move(free_.back());
+      free_.pop_back();
+    }
+  }
+  const auto descent = std::make_shared<Descent>(Descent{f, nsrc, round_scale_, std::move(buffer)});
   const int64_t bytes = flats_[f].slice.numel() * element_bytes(flats_[f].comm_dtype);
-  const at::Tensor memory = descent.buffer.memory(bytes * nsrc);
+  const at::Tensor memory = descent->buffer.memory(bytes * nsrc);
   const auto options = at::TensorOptions().dtype(at::kByte).device(store_.device());
   for (int r = 0; r < nsrc; ++r) {
     const at::Tensor source = at::from_blob(const_cast<void*>(srcs[r]), {bytes}, options);
     memory.narrow(0, r * bytes, bytes).copy_(source, /*non_blocking=*/true);
   }
-  descent.buffer.mark();
-  descents_.push_back(std::move(descent));
+  descent->buffer.mark();
+  sums_.submit([this, descent] { add_descended(*descent); });
 }
 
-void GradReducer::add_oldest() {
-  Descent d = std::move(descents_.front());
-  descents_.pop_front();
+void GradReducer::add_descended(Descent& d) {
+  at::NoGradGuard no_grad;
   d.buffer.wait();
   const int64_t bytes = flats_[d.flat].slice.numel() * element_bytes(flats_[d.flat].comm_dtype);
   const char* memory = static_cast<const char*>(d.buffer.memory(bytes * d.nsrc).data_ptr());
   std::vector<const void*> srcs;
   for (int r = 0; r < d.nsrc; ++r) srcs.push_back(memory + r * bytes);
   add(d.flat, srcs.data(), d.nsrc, d.scale);
+  const std::lock_guard<std::mutex> lock(free_mutex_);
   if (free_.size() < kDescents) free_.push_back(std::move(d.buffer));
 }
 
@@ -309,8 +315,28 @@ void GradReducer::add(int f, const void* const* srcs, int nsrc, double scale) {
   FlatState& s = flats_[f];
   optim::reduce_sum(s.slice, srcs, nsrc, optim::to_dtype(s.comm_dtype), static_cast<float>(scale), s.has_grad, s.stats);
   s.has_grad = true;
-  if (s.stats.is_cpu() && s.stats.data_ptr<double>()[1] > 0) note_bad(f, srcs, nsrc);
+  const bool bad = s.stats.is_cpu() && s.stats.data_ptr<double>()[1] > 0;
+  if (bad) note_bad(f, srcs, nsrc);
   leave(s);
+  note_changed(f);
+  if (final_ && on_ready_ && !bad) {
+    s.told = true;
+    on_ready_(f);
+  }
+}
+
+void GradReducer::note_changed(int f) {
+  if (std::exchange(flats_.at(f).told, false)) on_changed_(f);
+}
+
+void GradReducer::mark_edited(int f) {
+  flats_.at(f).edited = true;
+  note_changed(f);
+}
+
+void GradReducer::set_listeners(Listener ready, Listener changed) {
+  on_ready_ = std::move(ready);
+  on_changed_ = std::move(changed);
 }
 
 // An accumulator in a file takes memory only while it is worked on.
@@ -369,7 +395,7 @@ void GradReducer::finish_round() {
     if (flats_[f].work) flats_[f].work->wait();
     flats_[f].work.reset();
   }
-  while (!descents_.empty()) add_oldest();
+  sums_.drain();
   in_round_ = false;
 }
 
@@ -415,6 +441,7 @@ void GradReducer::add_replicas() {
     for (int r = 0; r < replicas->size(); ++r) srcs.push_back(all[r].data_ptr());
     optim::reduce_sum(s.slice, srcs.data(), replicas->size(), DType::F32, 1.0f, false, s.stats);
     leave(s);
+    note_changed(f);
   }
 }
 
@@ -460,8 +487,10 @@ void GradReducer::gather_grads() {
 
 void GradReducer::zero() {
   std::lock_guard<std::recursive_mutex> lock(mutex_);
+  sums_.drop();   // of a round that was broken off
+  final_ = false;
   for (FlatState& s : flats_) {
-    s.has_grad = s.edited = false;
+    s.has_grad = s.edited = s.told = false;
     s.carry = at::Tensor();
     std::fill(s.required.begin(), s.required.end(), 0);
   }

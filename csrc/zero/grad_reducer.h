@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -13,6 +13,7 @@
 
 #include "optim/slice_rest.h"
 #include "optim/staging_ring.h"
+#include "platform/worker.h"
 #include "zero/bucket_arena.h"
 #include "zero/param_store.h"
 
@@ -65,6 +66,12 @@ class GradReducer {
   // Why a backward may not start now ("" = it may); thrown from the first hook of the round.
   void set_refusal(std::string reason) { refusal_ = std::move(reason); }
 
+  // ready(flat): while the rounds are final, a flat's sum is complete; changed(flat): it has been added to or edited after that. From any thread.
+  using Listener = std::function<void(int flat)>;
+  void set_listeners(Listener ready, Listener changed);
+  // From now on, until zero(): the update follows when the round is over.
+  void set_final(bool final) { final_ = final; }
+
   // Hybrid sharding: adds the slices of all replicas, in rank order. Once a step, when nobody holds a carry any more: what is
   // accumulated afterwards would be added to a sum that each replica has. Collective over all ranks; one replica: nothing to do.
   void add_replicas();
@@ -87,7 +94,7 @@ class GradReducer {
   at::Tensor grad_slice(int flat) { return flats_.at(flat).slice; }
   bool has_grad(int flat) const { return flats_.at(flat).has_grad; }
   // The caller has written into the accumulator: reduce_stats() takes the squared norm of my slice anew. Not collective.
-  void mark_edited(int flat) { flats_.at(flat).edited = true; }
+  void mark_edited(int flat);
   void ensure_accumulators();
   // Every reduced gradient is ready (or zero) on this rank after this.
   void ensure_grads();
@@ -114,6 +121,7 @@ class GradReducer {
     at::Tensor stats;               // double[2]
     bool has_grad = false;
     bool edited = false;            // stats no longer belong to slice
+    bool told = false;              // that the sum is complete
     at::Tensor carry;               // fp32 [layout.numel()], defined while something waits
     double carry_scale = 1.0;       // the post_scale that belongs to the carry; the round it joins may have another
   };
@@ -131,7 +139,9 @@ class GradReducer {
   void sink(int flat, const void* const* srcs, int nsrc);
   void add(int flat, const void* const* srcs, int nsrc, double scale);
   void send_down(int flat, const void* const* srcs, int nsrc);
-  void add_oldest();
+  struct Descent;
+  void add_descended(Descent& descent);
+  void note_changed(int flat);
   void note_bad(int flat, const void* const* srcs, int nsrc);
   void finish_round();
   void leave(FlatState& s);
@@ -142,15 +152,17 @@ class GradReducer {
   std::vector<int> order_;            // flats in order of issue
   size_t next_ = 0;                   // first of order_ not yet issued in this round
   std::unique_ptr<BucketArena> arena_;
-  // Accumulators on the host, gradients on a device: contributions on their way down, oldest first. They are added when they have arrived.
+  // Accumulators on the host, gradients on a device: contributions come down in such a buffer, and are added up when they have arrived, beside backward.
   struct Descent {
     int flat;
     int nsrc;
     double scale;
     optim::StagingBuffer buffer;
   };
-  std::deque<Descent> descents_;
+  std::mutex free_mutex_;
   std::vector<optim::StagingBuffer> free_;
+  Listener on_ready_, on_changed_;
+  bool final_ = false;
   bool in_round_ = false;
   bool flushing_ = false;
   bool deferred_ = false;
@@ -160,6 +172,7 @@ class GradReducer {
   BadGradient bad_;
   std::vector<int> unused_;
   std::recursive_mutex mutex_;        // hooks may come from several autograd threads
+  platform::Worker sums_;             // the last member: its tasks use the others
 };
 
 }  // namespace ds::zero

@@ -55,7 +55,7 @@ std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_
 
 at::Tensor ParamStore::master_of(const Flat& flat, const at::Tensor& values) {
   if (!flat.state_rests) return optim::long_lived_copy(values.to(device_, at::kFloat));
-  const at::Tensor master = options_.rest->zeros(values.numel(), at::kFloat);
+  const at::Tensor master = options_.rest->zeros(values.numel(), at::kFloat, /*second_place=*/true);
   master.copy_(values);
   options_.rest->leave(master);
   return master;

@@ -341,8 +341,9 @@ void ParamStore::check_params() const {
   }
 }
 
-void ParamStore::adopt_written() {
+bool ParamStore::adopt_written() {
   at::NoGradGuard no_grad;
+  bool any = false;
   for (size_t u = 0; u < units_.size(); ++u) {
     if (units_[u].state != UnitState::Gathered) continue;
     take_replaced(static_cast<int>(u), /*keep=*/true);   // writes what it finds, which counts as written in place
@@ -353,9 +354,11 @@ void ParamStore::adopt_written() {
         if (p.dropped || p.tensor._version() == p.version) continue;
         adopt_values(flats_[f], p);
         p.version = p.tensor._version();
+        any = true;
       }
     }
   }
+  return any;
 }
 
 // My shard and my master follow the parameter.

@@ -138,8 +138,8 @@ class ParamStore {
   void check_params() const;
   bool requires_grad(int param) const { return !params_[param].dropped && params_[param].tensor.requires_grad(); }
   // Between reduction and update: what take_replaced finds in gathered units counts, and so do values written in place (as
-  // load_state_dict does) since the last update. Local. Writing through `.data` leaves no trace and is not seen.
-  void adopt_written();
+  // load_state_dict does) since the last update. Local. Writing through `.data` leaves no trace and is not seen. Whether there was any.
+  bool adopt_written();
   // The fp32 master of a flat, from its own values.
   void make_master(int flat);
   // The pages of parameters in files leave this process's memory.

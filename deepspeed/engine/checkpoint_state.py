@@ -16,7 +16,7 @@ def holdings_of(engine):
     optimizer = engine.optimizer if isinstance(engine.optimizer, ShardedOptimizer) else None
     scope = f"mp_rank_{engine.get_model_parallel_rank():02d}:" if engine.mp_world_size > 1 else ""
     if engine._managed is not None:
-        engine._managed.store.adopt_written()   # values that the caller has written since the last update
+        (optimizer or engine._managed.store).adopt_written()
     return Holdings(engine.module, engine._managed, optimizer, dist.get_rank(group), dist.get_world_size(group), scope)
 
 

@@ -239,6 +239,7 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         scale = self.optimizer.loss_scale
         managed.reducer.set_post_scale(self._layout.post_scale)
         managed.reducer.set_refusal("")
+        self.optimizer.expect_step(self.is_gradient_accumulation_boundary())
         managed.hooks.begin_manual()
         try:
             with self._joining.backward(self._layout.post_scale) if self._joining is not None else contextlib.nullcontext():

@@ -221,6 +221,8 @@ class ManagedModel:
 
     def put_away(self, kinds, resting, model):
         """`resting` is about to free states of these kinds. The weights of no part of the model can be saved or loaded then."""
+        if self.optimizer is not None:
+            self.optimizer.expect_step(False)
         self.away, self.resting = frozenset(kinds), resting
         if "lp_params" in kinds:
             self.module_hooks.guard_parts(model)

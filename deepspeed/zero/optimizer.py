@@ -69,6 +69,7 @@ class ShardedOptimizer(ZeROOptimizer):
         self.skipped_bad = 0
         self.torn = False    # some elements have been updated and others have not, on this rank or another
         self._norm = None
+        self._clipped = False
         self.group_of = {index: group_of[id(p)] for index, p in enumerate(managed.params) if p is not None and id(p) in group_of}
         index_of = {id(p): index for index, p in enumerate(managed.params) if p is not None}
         self.caller_order = [index_of[key] for key in group_of if key in index_of]   # store indices, group by group as the caller listed them
@@ -91,6 +92,10 @@ class ShardedOptimizer(ZeROOptimizer):
             self.stepper = FusedStep(optimizer, self.slices, kind, decoupled, managed.store.params, transport, rest)
         else:
             self.stepper = ClientStep(optimizer, self.slices)
+        # Where replicas add their slices up after the reduction, no slice is final before the step.
+        self._speculates = managed.tiers.speculates and isinstance(self.stepper, FusedStep) and managed.transports.replicate is None
+        if self._speculates:
+            managed.reducer.speculate_with(self.stepper.native, {s.flat: number for number, s in enumerate(self.slices)})
         managed.optimizer = self
         optimizer.add_param_group = self.add_param_group   # the basic optimizer's own would take what nothing steps
 
@@ -180,6 +185,23 @@ class ShardedOptimizer(ZeROOptimizer):
             stats = reducer.reduce_stats()
         return stats
 
+    def expect_step(self, follows):
+        """A backward is about to begin. `follows`: the step comes right after it, so slices can be updated as their gradients become final."""
+        if not self._speculates:
+            return
+        # A step like the last one; while steps are clipped, the factor is known to nobody before the norm.
+        speculate = follows and self.stepper.steps > 0 and not self._clipped
+        self.managed.reducer.set_final(speculate)
+        if speculate:
+            self.stepper.foresee(1.0 / self.loss_scale)
+        else:
+            self.stepper.drop_speculation()
+
+    def adopt_written(self):
+        """Values that the caller has written into parameters since the last update count."""
+        if self.managed.store.adopt_written() and self._speculates:
+            self.stepper.drop_speculation()
+
     def step(self, closure=None):
         """One update from the gradients reduced so far; skipped, with `overflow` set, when they are not finite."""
         self.managed.refuse_while_away("optimizer.step")
@@ -187,7 +209,7 @@ class ShardedOptimizer(ZeROOptimizer):
             raise RuntimeError("optimizer.step: an earlier update has failed midway: load a checkpoint first")
         loss = closure() if closure is not None else None
         sum_squares, bad, _ = self._reduced_stats()
-        self.managed.store.adopt_written()
+        self.adopt_written()
         self.overflow = self.options.on_bad != "step" and (bool(bad) or not math.isfinite(sum_squares))
         if self.overflow:
             self._skip()
@@ -196,7 +218,8 @@ class ShardedOptimizer(ZeROOptimizer):
         norm = math.sqrt(sum_squares) / self.loss_scale
         self._norm = norm if self.options.report_norm else None
         factor = 1.0 / self.loss_scale
-        if self.options.clip > 0 and norm > self.options.clip:
+        self._clipped = self.options.clip > 0 and norm > self.options.clip
+        if self._clipped:
             factor *= self.options.clip / (norm + 1e-6)
         self._update(factor)
         self.loss_scaler.update_scale(False)
@@ -240,6 +263,8 @@ class ShardedOptimizer(ZeROOptimizer):
     def _skip(self):
         where = self._first_bad()
         self._norm = float("inf") if self.options.report_norm else None
+        if self._speculates:
+            self.stepper.drop_speculation()
         self.managed.reducer.zero()
         self.skipped_bad += 1
         options = self.options

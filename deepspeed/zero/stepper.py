@@ -80,11 +80,25 @@ class FusedStep:
         self._own_counts = False   # whether some parameter has missed an update
         self.state_names = self.native.state_names()
 
+    def _hypers(self):
+        return [hyper_of(g, self.steps, self.kind, self._decoupled_of, self.optimizer.defaults) for g in self.optimizer.param_groups]
+
+    def foresee(self, grad_scale):
+        """The next step will probably be this one: what is ready of it is computed beside backward (Note [Speculative updates])."""
+        self.steps += 1
+        try:
+            self.native.foresee(self._hypers(), grad_scale)
+        finally:
+            self.steps -= 1
+
+    def drop_speculation(self):
+        """Something that the update is computed from changes, or there will be none."""
+        self.native.drop_speculation()
+
     def step(self, grads, grad_scale, frozen=()):
         """`frozen`: numbers of the parameters that stay as they are."""
         self.steps += 1
-        hypers = [hyper_of(g, self.steps, self.kind, self._decoupled_of, self.optimizer.defaults) for g in self.optimizer.param_groups]
-        self.native.step(hypers, grads, grad_scale, frozen)
+        self.native.step(self._hypers(), grads, grad_scale, frozen)
         self._step_tensor.fill_(self.steps)
         if self.steps == 1 or frozen or self._own_counts:
             self.show_state()

@@ -24,6 +24,7 @@ class Tiers:
     parameter_rest: object = None    # lib().SliceRest of shards that do not lie where the model runs
     parameter_folder: str = ""       # for ranks on the CPU: where shards rest in files; "": memory
     parameters_in_memory: int = 0    # with a folder: elements of them that rest in memory all the same
+    speculates: bool = False         # masters and states have second places, for updates that are computed beside backward
 
     @property
     def moves_parameters(self):
@@ -49,20 +50,24 @@ def _folder(section, name):
     return path
 
 
+def _speculates(section):
+    return bool(getattr(section, "super_offload", False))
+
+
 def _in_files(config, section, name, apart):
     aio = config.aio
     block = min(max(int(aio.block_size) // _BLOCK_ALIGN, 1) * _BLOCK_ALIGN, _MOST_BLOCK_BYTES)
     depth = int(aio.queue_depth) if config.is_set("aio.queue_depth") else _QUEUE_DEPTH
     threads = int(aio.intra_op_parallelism) if config.is_set("aio.intra_op_parallelism") else 4
     return lib().FileRest(_folder(section, name), max(_FEWEST_TILES, int(section.buffer_count)), TILE_BYTES, block, depth, threads,
-                          apart=apart, pinned=apart and bool(section.pin_memory))
+                          apart=apart, pinned=apart and bool(section.pin_memory), second_places=_speculates(section))
 
 
 def _rest(config, section, name, apart):
     """For an accelerator (`apart`) all of it lies elsewhere; for ranks on the CPU the host's memory is where it lies anyway."""
     if section.device == "nvme":
         return _in_files(config, section, name, apart)
-    return lib().HostRest(bool(section.pin_memory), TILE_BYTES) if section.device == "cpu" and apart else None
+    return lib().HostRest(bool(section.pin_memory), TILE_BYTES, _speculates(section)) if section.device == "cpu" and apart else None
 
 
 def tiers_of(config, device, with_optimizer=True):
@@ -70,14 +75,15 @@ def tiers_of(config, device, with_optimizer=True):
     in them have no names: they go with the process."""
     zero, apart = config.zero_optimization, device.type != "cpu"
     rest = _rest(config, zero.offload_optimizer, "offload_optimizer", apart) if with_optimizer else None
+    speculates = rest is not None and _speculates(zero.offload_optimizer)
     if apart:
         parameter_rest = _rest(config, zero.offload_param, "offload_param", apart)
         if parameter_rest is not None and rest is None and with_optimizer:
             logger.warning("zero_optimization.offload_param without offload_optimizer: the optimizer's state follows the parameters to the host")
             rest = lib().HostRest(bool(zero.offload_param.pin_memory), TILE_BYTES)
         share = 1.0 if parameter_rest is not None else float(zero.offload_optimizer.ratio)
-        return Tiers(rest, share, parameter_rest)
+        return Tiers(rest, share, parameter_rest, speculates=speculates)
     if zero.offload_param.device != "nvme":
-        return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0)
+        return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0, speculates=speculates)
     return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0, None, _folder(zero.offload_param, "offload_param"),
-                 int(zero.offload_param.max_in_cpu))
+                 int(zero.offload_param.max_in_cpu), speculates)

@@ -31,15 +31,17 @@ def faults(text):
         del os.environ["DS_IO_FAULTS"]
 
 
-def settings(folder):
-    return config(3, zero=on_files(folder, True, True), bf16={"enabled": True}, aio={"block_size": 4096})
+def settings(folder, ahead=False):
+    zero = on_files(folder, True, True)
+    zero["offload_optimizer"]["super_offload"] = ahead
+    return config(3, zero=zero, bf16={"enabled": True}, aio={"block_size": 4096}, gradient_clipping=0.0)
 
 
-def engine_with(text, folder):
+def engine_with(text, folder, ahead=False):
     if not text:
-        return engine_of(tiny(width=WIDTH), settings(folder))
+        return engine_of(tiny(width=WIDTH), settings(folder, ahead))
     with faults(text):
-        return engine_of(tiny(width=WIDTH), settings(folder))
+        return engine_of(tiny(width=WIDTH), settings(folder, ahead))
 
 
 def wanted(steps, folder):
@@ -89,11 +91,12 @@ def test_a_failed_update_says_so_and_a_checkpoint_goes_on(tmp_path):
     engine.destroy()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @on_ranks(1)
-def test_the_same_engine_goes_on_from_a_checkpoint(tmp_path):
+def test_the_same_engine_goes_on_from_a_checkpoint(ahead, tmp_path):
     """Errors that pass: what a load sets is whole again."""
     want = wanted(5, tmp_path)
-    engine = engine_with("seed=5,error=0.02", tmp_path)
+    engine = engine_with("seed=5,error=0.02", tmp_path, ahead)
     engine.save_checkpoint(str(tmp_path / "saved"), tag="start")
     done, failures = 0, 0
     while done < 5:
@@ -110,11 +113,12 @@ def test_the_same_engine_goes_on_from_a_checkpoint(tmp_path):
     engine.destroy()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @on_ranks(2)
-def test_an_error_on_one_rank_is_everyones(tmp_path):
+def test_an_error_on_one_rank_is_everyones(ahead, tmp_path):
     want = wanted(3, tmp_path)
     text = "seed=1,error=0.5" if dist.get_rank() == 1 else ""
-    engine = engine_with(text, tmp_path)
+    engine = engine_with(text, tmp_path, ahead)
     with pytest.raises(RuntimeError, match="the update failed on rank 1: .*errno"):
         train(engine, 1, width=WIDTH)
     with pytest.raises(RuntimeError, match="has failed midway"):
@@ -139,13 +143,14 @@ def soak(folder, runs, seed):
     """How many of `runs` trainings under random faults ended with an error; the others have the right bits."""
     draw, want, failed = random.Random(seed), {}, 0
     for number in range(runs):
-        steps = draw.randint(1, 3)
+        steps = draw.randint(1, 4)
         if steps not in want:
             want[steps] = wanted(steps, folder)
         os.environ["DS_IO_ENGINE"] = draw.choice(["uring", "threads"])
         text = (f"seed={draw.randrange(2**31)},error={draw.choice([0, 0, 0.003, 0.03])},torn={draw.choice([0, 0.003, 0.03])},"
                 f"cut={draw.choice([0, 0.3])},again={draw.choice([0, 0.3])},delay={draw.choice([0, 0.05])}")
-        engine = engine_with(text, folder)
+        ahead = draw.random() < 0.5   # updates are computed beside backward
+        engine = engine_with(text, folder, ahead)
         try:
             train(engine, steps, width=WIDTH)
         except Exception as error:

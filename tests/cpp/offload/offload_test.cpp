@@ -142,6 +142,45 @@ TEST_P(Offload, EveryElementOnce) {
   }
 }
 
+TEST_P(Offload, ASecondPlaceTakesNewValuesAndBecomesTheRange) {
+  const auto file = make();
+  constexpr int64_t kNumel = 5 * kPage + 3;
+  auto with = file->allocate(kNumel * 4, /*second_place=*/true), without = file->allocate(kNumel * 4);
+  auto* values = static_cast<uint32_t*>(with.get());
+  EXPECT_FALSE(file->second_place_of(without.get()));
+  EXPECT_EQ(*file->second_place_of(values + 5), *file->second_place_of(values) + 20);
+  EXPECT_THROW(file->exchange(without.get()), Error);
+  EXPECT_THROW(file->exchange(values + kPage), Error);
+  for (int64_t i = 0; i < kNumel; ++i) values[i] = static_cast<uint32_t>(i);
+  TileStream stream(file->engine(), {2 * kPage, 3});
+  const auto add = [&](uint32_t what) {
+    const StreamArray array{*file->offset_of(values), 4, true, *file->second_place_of(values)};
+    stream.run(file->file(), {{{array}, kNumel}}, [&](size_t, int64_t, int64_t numel, void* const* data) {
+      for (int64_t i = 0; i < numel; ++i) static_cast<uint32_t*>(data[0])[i] += what;
+    });
+  };
+  const auto all_are = [&](uint32_t more) {
+    for (int64_t i = 0; i < kNumel; ++i) {
+      if (values[i] != static_cast<uint32_t>(i) + more) return false;
+    }
+    return true;
+  };
+  add(100);   // and forgotten
+  EXPECT_TRUE(all_are(0));
+  for (uint32_t round = 1; round <= 5; ++round) {
+    add(round);
+    EXPECT_TRUE(all_are(round * (round - 1) / 2));
+    file->exchange(values);
+    EXPECT_TRUE(all_are(round * (round + 1) / 2));
+    if (round == 3) values[7] += 1, values[7] -= 1;   // a page that is dirty when it is streamed next
+  }
+  const int64_t before = file->bytes();
+  with.reset();
+  EXPECT_EQ(before - file->bytes(), 2 * 21 * kPage);
+  auto again = file->allocate(kNumel * 4);
+  for (int64_t i = 0; i < kNumel; ++i) ASSERT_EQ(static_cast<uint32_t*>(again.get())[i], 0u);
+}
+
 TEST_P(Offload, MemoryIsTheBuffersOnly) {
   const auto file = make();
   const int64_t numel = int64_t{1} << 20;

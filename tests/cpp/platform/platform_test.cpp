@@ -4,11 +4,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <future>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -16,6 +20,7 @@
 #include "platform/env.h"
 #include "platform/file.h"
 #include "platform/memory.h"
+#include "platform/worker.h"
 
 namespace ds::platform {
 namespace {
@@ -219,6 +224,75 @@ TEST(Pages, DiscardLeavesNeighbours) {
   EXPECT_EQ(bytes[kPageBytes], 0);
   EXPECT_EQ(bytes[3 * kPageBytes], 7);
   EXPECT_TRUE(discard_pages(bytes + 1, 10));
+}
+
+TEST(Pages, ExchangeKeepsAddressesAndNeighbours) {
+  for (const size_t bytes : {kPageBytes, 3 * kPageBytes, kHugePageBytes, 3 * kHugePageBytes}) {
+    Buffer first(bytes), second(bytes);
+    auto* a = static_cast<unsigned char*>(first.data());
+    auto* b = static_cast<unsigned char*>(second.data());
+    std::fill_n(a, bytes, 3);
+    std::fill_n(b, kPageBytes, 5);   // the rest is untouched
+    exchange_pages(a, b, bytes);
+    EXPECT_EQ(std::count(b, b + bytes, 3), static_cast<int64_t>(bytes));
+    EXPECT_EQ(std::count(a, a + bytes, 5), static_cast<int64_t>(kPageBytes));
+    EXPECT_EQ(std::count(a, a + bytes, 0), static_cast<int64_t>(bytes - kPageBytes));
+    a[0] = 9;
+    exchange_pages(a, b, bytes);
+    EXPECT_EQ(b[0], 9);
+    EXPECT_EQ(std::count(a, a + bytes, 3), static_cast<int64_t>(bytes));
+    exchange_pages(a, b, 0);
+  }
+}
+
+TEST(Worker, DoesAllInOrder) {
+  Worker worker;
+  std::vector<int> seen;
+  for (int i = 0; i < 1000; ++i) {
+    worker.submit([&seen, i] { seen.push_back(i); });
+    if (i % 100 == 0) worker.wait_below(2);
+  }
+  worker.drain();
+  ASSERT_EQ(seen.size(), 1000u);
+  for (int i = 0; i < 1000; ++i) EXPECT_EQ(seen[i], i);
+}
+
+TEST(Worker, AnErrorDropsWhatFollowsAndIsToldOnce) {
+  Worker worker;
+  std::atomic<int> later{0};
+  worker.submit([] { throw std::runtime_error("no"); });
+  worker.wait_below(1);
+  worker.submit([&] { ++later; });
+  EXPECT_THROW(worker.drain(), std::runtime_error);
+  EXPECT_EQ(later, 0);
+  worker.submit([&] { ++later; });
+  worker.drain();
+  EXPECT_EQ(later, 1);
+  worker.submit([] { throw std::runtime_error("no"); });
+  worker.drop();
+  worker.drain();
+}
+
+TEST(Worker, DropWaitsForWhatIsUnderWayOnly) {
+  std::atomic<int> done{0};
+  {
+    Worker worker;
+    std::promise<void> begun, go_on;
+    worker.submit([&] {
+      begun.set_value();
+      go_on.get_future().wait();
+      ++done;
+    });
+    for (int i = 0; i < 5; ++i) worker.submit([&] { ++done; });
+    begun.get_future().wait();
+    std::thread later([&] { go_on.set_value(); });
+    worker.drop();
+    later.join();
+    EXPECT_GE(done, 1);
+    EXPECT_LE(done, 6);
+    for (int i = 0; i < 5; ++i) worker.submit([&] { ++done; });
+  }
+  EXPECT_LE(done, 11);
 }
 
 // Parts of a heap block that begin and end anywhere: bytes and neighbours stay, untouched pages stay away.
