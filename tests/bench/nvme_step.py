@@ -45,10 +45,10 @@ def configuration(args):
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": WIDTH * WIDTH * 2}
     if args.lib != "memory":
         zero["offload_optimizer"] = {"device": "nvme", "nvme_path": args.folder, "buffer_count": args.buffers, "pipeline_read": args.pipeline,
-                                     "pipeline_write": args.pipeline}
+                                     "pipeline_write": args.pipeline, "super_offload": args.lib == "ahead"}
         if args.parameters:
             zero["offload_param"] = {"device": "nvme", "nvme_path": args.folder, "max_in_cpu": 0, "buffer_size": WIDTH * WIDTH}
-    return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": zero, "bf16": {"enabled": True},
+    return {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0 if args.ahead else 1.0, "zero_optimization": zero, "bf16": {"enabled": True},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
             "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True, "intra_op_parallelism": 1}}
 
@@ -65,7 +65,7 @@ def worker(args):
     engine = deepspeed.initialize(model=model, config=configuration(args))[0]
     losses, seconds, bytes_moved, phases = [], [], [], []
     for step in range(args.steps):
-        x = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(step)).bfloat16()
+        x = torch.randn(args.rows, WIDTH, generator=torch.Generator().manual_seed(step)).bfloat16()
         begin = time.perf_counter()
         loss = engine(x)
         engine.backward(loss)
@@ -91,21 +91,21 @@ def fio(folder, memory):
 def check(results):
     for name, result in results.items():
         want = results["memory"]["losses"]
-        exact = name == "ours"
+        exact = name in ("ours", "ahead")
         for got, expected in zip(result["losses"], want):
             if got != expected if exact else abs(got - expected) > 2**-7 * abs(expected):
                 raise SystemExit(f"not timed: losses of {name} are {result['losses']}, with all state in memory {want}")
 
 
 def race(args):
-    libs = ["memory", "ours"] + (["deepspeed"] if args.peer_python else [])
+    libs = ["memory", "ours"] + ["ahead"] * args.ahead + ["deepspeed"] * bool(args.peer_python)
     seconds, rates = {lib: [] for lib in libs}, []
     for turn in range(args.rounds):
         results = {}
         for lib in libs:
             folder = tempfile.mkdtemp(dir=args.folder)
             options = ["--worker", "--lib", lib, "--folder", folder, f"--million={args.million}", f"--steps={args.steps}", f"--threads={args.threads}",
-                       f"--buffers={args.buffers}"]
+                       f"--buffers={args.buffers}", f"--rows={args.rows}"] + ["--ahead"] * args.ahead
             argv = running.command(args, "deepspeed" if lib == "deepspeed" else "ours", "nvme_step.py", options + ["--parameters"] * args.parameters +
                                    ["--no-pipeline"] * (not args.pipeline))
             try:
@@ -136,6 +136,8 @@ def main():
     parser.add_argument("--lib", default="ours", help=argparse.SUPPRESS)
     parser.add_argument("--folder", required=True, help="on the disk to measure")
     parser.add_argument("--million", type=float, default=300)
+    parser.add_argument("--rows", type=int, default=1, help="of a batch: how much backward has to compute")
+    parser.add_argument("--ahead", action="store_true", help="also with super_offload; nobody clips then")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--fio-memory", default="malloc", help="fio's --iomem; shmhuge, the like of our buffers, needs sysctl vm.nr_hugepages=100")
