@@ -2,6 +2,8 @@
 // One rank: everything completes at issue.
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include "comm/memory.h"
 #include "comm/transport.h"
 
@@ -25,10 +27,15 @@ class LocalTransport : public Transport {
   void broadcast(void* data, size_t bytes, int src, const Tag& tag) override;
   void barrier(const Tag& tag) override;
 
- private:
+ protected:
   void account(const char* kind, const Tag& tag, size_t bytes);
+
+ private:
   std::unique_ptr<Memory> memory_;
   std::shared_ptr<ReduceWork> done_;
 };
+
+// On an accelerator sinks run on a stream of their own, beside what the caller computes: they may copy to the host.
+std::shared_ptr<Transport> make_local_device_transport(int64_t id, std::unique_ptr<Memory> memory, c10::Device device, const Options& options);
 
 }  // namespace ds::comm

@@ -48,12 +48,8 @@ std::vector<Hello> exchange(c10d::ProcessGroup& pg, at::Device host_device, cons
 }
 
 std::shared_ptr<Transport> make_local(at::Device device, const Options& options) {
-  std::unique_ptr<Memory> memory;
-  if (device.is_cpu())
-    memory = std::make_unique<HostMemory>();
-  else
-    memory = std::make_unique<DeviceMemory>(device);
-  return std::make_shared<LocalTransport>(++last_id, std::move(memory), options);
+  if (device.is_cpu()) return std::make_shared<LocalTransport>(++last_id, std::make_unique<HostMemory>(), options);
+  return make_local_device_transport(++last_id, std::make_unique<DeviceMemory>(device), device, options);
 }
 
 }  // namespace

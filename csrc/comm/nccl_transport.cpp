@@ -10,7 +10,6 @@
 // Streams and events are c10's device-generic ones: this file needs no CUDA toolkit.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -18,43 +17,10 @@
 #include "comm/checks.h"
 #include "comm/device_memory.h"
 #include "comm/ledger.h"
+#include "comm/stream_work.h"
 
 namespace ds::comm {
 namespace {
-
-c10::Stream current_stream(at::Device device) { return c10::impl::VirtualGuardImpl(device.type()).getStream(device); }
-
-// Complete when `reached` was passed on the communication stream. Keeps alive what the stream reads.
-class StreamWork : public ReduceWork {
- public:
-  StreamWork(at::Device device, std::shared_ptr<SymmetricBuffer> source)
-      : device_(device), source_(std::move(source)), read_(device.type()), reached_(device.type()) {}
-  ~StreamWork() override {
-    if (!waited_) {
-      try {
-        reached_.block(current_stream(device_));
-      } catch (...) {  // the driver is shutting down: nothing can be reused any more
-      }
-    }
-  }
-  bool test() override { return reached_.query(); }
-  void wait() override {
-    reached_.block(current_stream(device_));
-    waited_ = true;
-  }
-  bool drained() override { return read_.query(); }
-  void wait_drained() override { read_.block(current_stream(device_)); }
-
-  void mark_read(const c10::Stream& stream) { read_.record(stream); }        // the source may be overwritten after this
-  void mark_reached(const c10::Stream& stream) { reached_.record(stream); }  // everything is done after this
-
- private:
-  at::Device device_;
-  std::shared_ptr<SymmetricBuffer> source_;
-  c10::Event read_;
-  c10::Event reached_;
-  bool waited_ = false;
-};
 
 at::ScalarType scalar_type(DType dtype) {
   switch (dtype) {
@@ -100,7 +66,7 @@ class NcclTransport : public C10dTransport {
     std::lock_guard<std::recursive_mutex> lock(mutex_);
     const int64_t seq = ledger_->begin("reduce_scatter", tag, static_cast<int64_t>(part_bytes) * size_);
     auto work = std::make_shared<StreamWork>(torch_device_, bucket.shared_from_this());
-    after_current_stream();
+    after_current_stream(stream_);
     {
       c10::StreamGuard guard(stream_);
       at::Tensor sum = at::empty({static_cast<int64_t>(part_bytes)}, at::TensorOptions().dtype(at::kByte).device(torch_device_));
@@ -125,7 +91,7 @@ class NcclTransport : public C10dTransport {
     std::lock_guard<std::recursive_mutex> lock(mutex_);
     const int64_t seq = ledger_->begin("broadcast", tag, static_cast<int64_t>(bytes));
     StreamWork work(torch_device_, nullptr);
-    after_current_stream();
+    after_current_stream(stream_);
     {
       c10::StreamGuard guard(stream_);
       if (bytes != 0) {
@@ -143,12 +109,6 @@ class NcclTransport : public C10dTransport {
 
  private:
   at::Tensor view(void* data, size_t bytes) { return byte_view(data, bytes, torch_device_, nullptr); }
-
-  void after_current_stream() {
-    c10::Event written(torch_device_.type());
-    written.record(current_stream(torch_device_));
-    written.block(stream_);
-  }
 
   // c10d's wait on the communication stream: orders that stream, not the host, after NCCL's.
   template <class Launch>
@@ -169,7 +129,7 @@ class NcclTransport : public C10dTransport {
     const int64_t seq = ledger_->begin("all_gather", tag, static_cast<int64_t>(bytes) * size_);
     auto work = std::make_shared<StreamWork>(torch_device_, src.shared_from_this());
     char* own = static_cast<char*>(src.data()) + offset + rank_ * stride;
-    after_current_stream();
+    after_current_stream(stream_);
     {
       c10::StreamGuard guard(stream_);
       at::Tensor all = out != nullptr ? view(out, bytes * size_)

@@ -8,6 +8,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <chrono>
+#include <future>
 
 #include "base/checked.h"
 #include "comm/memory.h"
@@ -18,25 +20,37 @@
 namespace ds::zero {
 namespace {
 
-// Copies that have been enqueued on a stream.
+// Copies that a thread of the store makes ready and enqueues on a stream of its own.
 class Upload : public comm::Work {
  public:
-  explicit Upload(const c10::Stream& stream) : done_(stream.device_type()), device_(stream.device()) { done_.record(stream); }
+  Upload(std::shared_future<void> enqueued, std::shared_ptr<c10::Event> done, at::Device device)
+      : enqueued_(std::move(enqueued)), done_(std::move(done)), device_(device) {}
   ~Upload() override {
-    if (!waited_) block();   // the memory goes back to where the current stream takes it from
+    if (waited_) return;
+    enqueued_.wait();
+    try {
+      block();   // the memory goes back to where the current stream takes it from
+    } catch (...) {   // the driver is shutting down
+    }
   }
-  bool test() override { return done_.query(); }
+  bool test() override {
+    return enqueued_.wait_for(std::chrono::seconds(0)) == std::future_status::ready && (!done_ || done_->query());
+  }
   void wait() override {
     waited_ = true;
+    enqueued_.get();   // throws what the thread has thrown
     block();
   }
 
  private:
-  void block() { done_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_)); }
+  void block() {
+    if (done_) done_->block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  }
 
+  std::shared_future<void> enqueued_;
+  std::shared_ptr<c10::Event> done_;   // null on the CPU, whose copies are over when they return
+  const at::Device device_;
   bool waited_ = false;
-  c10::Event done_;
-  const c10::Device device_;
 };
 
 }  // namespace
@@ -99,7 +113,7 @@ void ParamStore::expect(int index) {
 }
 
 // Everybody's shards to flat.full. A shard on the host goes to its place there first.
-void ParamStore::start_gather(Flat& flat, const char* phase) {
+void ParamStore::start_gather(Flat& flat, const char* phase, const std::shared_ptr<c10::Event>& free_since) {
   const int64_t shard_bytes = flat.shard.numel() * static_cast<int64_t>(flat.shard.element_size());
   const comm::Tag t = tag(phase, flat.unit, shard_bytes);
   if (flat.home) {
@@ -107,28 +121,40 @@ void ParamStore::start_gather(Flat& flat, const char* phase) {
                                                static_cast<size_t>(shard_bytes), t);
     return;
   }
-  at::NoGradGuard no_grad;
-  if (!uploads_) uploads_ = std::make_unique<optim::StagingRing>(device_, options_.parameter_rest->pinned(), 3);
-  // Beside what the device computes; what it still does with this memory comes first.
+  flat.gathering = start_upload(flat, free_since);
+  if (world() == 1) return;
   std::optional<c10::StreamGuard> beside;
-  if (!device_.is_cpu()) {
-    const c10::impl::VirtualGuardImpl streams(device_.type());
-    if (!upload_stream_) upload_stream_ = streams.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
-    c10::Event before(device_.type());
-    before.record(streams.getStream(device_));
-    before.block(*upload_stream_);
-    beside.emplace(*upload_stream_);
-  }
-  uploads_->send(flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel), flat.shard);
-  leave_file(flat);
-  if (world() == 1) {
-    if (upload_stream_) flat.gathering = std::make_shared<Upload>(*upload_stream_);
-    return;
-  }
+  if (upload_stream_) beside.emplace(*upload_stream_);
+  flat.gathering->wait();   // the gather follows it on that stream
   const auto where = device_.is_cpu() ? comm::Device::Cpu : comm::Device::Cuda;
   const auto whole = comm::borrow(flat.full.data_ptr(), static_cast<size_t>(shard_bytes * world()), where, std::max<int>(device_.index(), 0),
                                   std::make_shared<at::Tensor>(flat.buffer));
   flat.gathering = groups_.shard->all_gather(flat.full.data_ptr(), *whole, 0, static_cast<size_t>(shard_bytes), static_cast<size_t>(shard_bytes), t);
+}
+
+// Beside what the caller and the device do: a thread copies into staging memory, a stream of its own takes it from there as soon as nobody uses
+// flat.full's memory any more.
+std::shared_ptr<comm::Work> ParamStore::start_upload(Flat& flat, const std::shared_ptr<c10::Event>& free_since) {
+  if (!uploads_) uploads_ = std::make_unique<optim::StagingRing>(device_, options_.parameter_rest->pinned(), 3);
+  std::shared_ptr<c10::Event> done;
+  if (!device_.is_cpu()) {
+    if (!upload_stream_) upload_stream_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
+    done = std::make_shared<c10::Event>(device_.type());
+  }
+  const auto task = std::make_shared<std::packaged_task<void()>>(
+      [this, free_since, done, to = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel), shard = flat.shard]() mutable {
+        at::NoGradGuard no_grad;
+        std::optional<c10::StreamGuard> beside;
+        if (upload_stream_) beside.emplace(*upload_stream_);
+        if (free_since) free_since->block(*upload_stream_);
+        uploads_->send(to, shard);
+        options_.parameter_rest->leave(shard);
+        if (done) done->record(*upload_stream_);
+        to = shard = at::Tensor();   // before anybody hears of the end
+      });
+  const std::shared_future<void> enqueued = task->get_future().share();
+  uploader_.submit([task] { (*task)(); });
+  return std::make_shared<Upload>(enqueued, done, device_);
 }
 
 }  // namespace ds::zero

@@ -252,9 +252,10 @@ void ParamStore::gather(int index, const char* phase, bool prefetch) {
   if (unit.state == UnitState::Sharded) {
     for (int f : unit.flats) {
       Flat& flat = flats_[f];
-      flat.buffer = pool_.take(flat.layout.numel() * static_cast<int64_t>(c10::elementSize(flat.dtype)));
+      BufferPool::Taken taken = pool_.take_since(flat.layout.numel() * static_cast<int64_t>(c10::elementSize(flat.dtype)));
+      flat.buffer = std::move(taken.memory);
       flat.full = view_bytes(flat.buffer, flat.buffer.data_ptr(), flat.layout.numel(), flat.dtype, device_);
-      start_gather(flat, phase);
+      start_gather(flat, phase, taken.since);
     }
     unit.state = UnitState::Gathering;
   }
@@ -414,7 +415,7 @@ void ParamStore::refresh_full() {
   for (Flat& flat : flats_) {
     if (!flat.trainable || !flat.full.defined()) continue;
     if (!flat.home) {
-      start_gather(flat, "gather_updated");
+      start_gather(flat, "gather_updated", event_now(device_));
       if (flat.gathering) works.push_back(std::exchange(flat.gathering, nullptr));
       continue;
     }

@@ -14,6 +14,7 @@
 #include "optim/slice_rest.h"
 #include "optim/staging_ring.h"
 #include "plan/layout.h"
+#include "platform/worker.h"
 #include "zero/buffer_pool.h"
 
 namespace ds::zero {
@@ -185,7 +186,8 @@ class ParamStore {
   void bind(Unit& unit, bool available);
   void copy_back(Unit& unit);
   at::Tensor master_of(const Flat& flat, const at::Tensor& values);
-  void start_gather(Flat& flat, const char* phase);
+  void start_gather(Flat& flat, const char* phase, const std::shared_ptr<c10::Event>& free_since);
+  std::shared_ptr<comm::Work> start_upload(Flat& flat, const std::shared_ptr<c10::Event>& free_since);
   void leave_file(Flat& flat);
   void adopt_values(Flat& flat, Param& p);
   void part_from_holders(Unit& unit);
@@ -209,6 +211,7 @@ class ParamStore {
   std::optional<c10::Stream> upload_stream_;      // on an accelerator
   BindCallback on_bind_;
   int64_t step_ = 0;
+  platform::Worker uploader_;                     // the last member: its tasks use the others
 };
 
 }  // namespace ds::zero
