@@ -31,13 +31,12 @@ at::Tensor flat_like(const at::Tensor& grad, const at::Tensor& param) {
   return grad.contiguous().view({grad.numel()});
 }
 
-constexpr size_t kDescents = 4;   // contributions on their way down to the host at a time
-
 bool kernel_dtype(at::ScalarType t) { return t == at::kFloat || t == at::kHalf || t == at::kBFloat16; }
 
 }  // namespace
 
 GradReducer::GradReducer(ParamStore& store, ReducerOptions options) : store_(store), options_(std::move(options)) {
+  if (options_.rest && options_.rest->apart()) host_sums_ = std::make_unique<HostSums>(store_.device(), options_.rest->pinned());
   flats_.resize(store_.flats().size());
   for (size_t i = flats_.size(); i-- > 0;) {   // backward meets the units in reverse
     const Flat& flat = store_.flats()[i];
@@ -268,47 +267,13 @@ bool GradReducer::issue(int f) {
 }
 
 void GradReducer::sink(int f, const void* const* srcs, int nsrc) {
-  if (options_.rest && options_.rest->apart() && store_.flats()[f].state_rests) {
-    send_down(f, srcs, nsrc);
+  if (host_sums_ && store_.flats()[f].state_rests) {
+    const int64_t bytes = flats_[f].slice.numel() * element_bytes(flats_[f].comm_dtype);
+    host_sums_->send(srcs, nsrc, bytes, may_wait(),
+                     [this, f, scale = round_scale_](const void* const* here, int n) { add(f, here, n, scale); });
   } else {
     add(f, srcs, nsrc, round_scale_);
   }
-}
-
-// The contributions as they are, on the stream that the sink was called with; their sum is taken on the host.
-void GradReducer::send_down(int f, const void* const* srcs, int nsrc) {
-  // More than that only where waiting is not allowed, see Note [Waiting in the middle of backward].
-  if (may_wait()) sums_.wait_below(kDescents);
-  optim::StagingBuffer buffer(store_.device(), options_.rest->pinned());
-  {
-    const std::lock_guard<std::mutex> lock(free_mutex_);
-    if (!free_.empty()) {
-      buffer = std::move(free_.back());
-      free_.pop_back();
-    }
-  }
-  const auto descent = std::make_shared<Descent>(Descent{f, nsrc, round_scale_, std::move(buffer)});
-  const int64_t bytes = flats_[f].slice.numel() * element_bytes(flats_[f].comm_dtype);
-  const at::Tensor memory = descent->buffer.memory(bytes * nsrc);
-  const auto options = at::TensorOptions().dtype(at::kByte).device(store_.device());
-  for (int r = 0; r < nsrc; ++r) {
-    const at::Tensor source = at::from_blob(const_cast<void*>(srcs[r]), {bytes}, options);
-    memory.narrow(0, r * bytes, bytes).copy_(source, /*non_blocking=*/true);
-  }
-  descent->buffer.mark();
-  sums_.submit([this, descent] { add_descended(*descent); });
-}
-
-void GradReducer::add_descended(Descent& d) {
-  at::NoGradGuard no_grad;
-  d.buffer.wait();
-  const int64_t bytes = flats_[d.flat].slice.numel() * element_bytes(flats_[d.flat].comm_dtype);
-  const char* memory = static_cast<const char*>(d.buffer.memory(bytes * d.nsrc).data_ptr());
-  std::vector<const void*> srcs;
-  for (int r = 0; r < d.nsrc; ++r) srcs.push_back(memory + r * bytes);
-  add(d.flat, srcs.data(), d.nsrc, d.scale);
-  const std::lock_guard<std::mutex> lock(free_mutex_);
-  if (free_.size() < kDescents) free_.push_back(std::move(d.buffer));
 }
 
 void GradReducer::add(int f, const void* const* srcs, int nsrc, double scale) {
@@ -395,7 +360,7 @@ void GradReducer::finish_round() {
     if (flats_[f].work) flats_[f].work->wait();
     flats_[f].work.reset();
   }
-  sums_.drain();
+  if (host_sums_) host_sums_->drain();
   in_round_ = false;
 }
 
@@ -487,7 +452,7 @@ void GradReducer::gather_grads() {
 
 void GradReducer::zero() {
   std::lock_guard<std::recursive_mutex> lock(mutex_);
-  sums_.drop();   // of a round that was broken off
+  if (host_sums_) host_sums_->drop();   // of a round that was broken off
   final_ = false;
   for (FlatState& s : flats_) {
     s.has_grad = s.edited = s.told = false;

@@ -12,9 +12,8 @@
 #include <vector>
 
 #include "optim/slice_rest.h"
-#include "optim/staging_ring.h"
-#include "platform/worker.h"
 #include "zero/bucket_arena.h"
+#include "zero/host_sums.h"
 #include "zero/param_store.h"
 
 namespace ds::zero {
@@ -138,9 +137,6 @@ class GradReducer {
   void issue_ready();
   void sink(int flat, const void* const* srcs, int nsrc);
   void add(int flat, const void* const* srcs, int nsrc, double scale);
-  void send_down(int flat, const void* const* srcs, int nsrc);
-  struct Descent;
-  void add_descended(Descent& descent);
   void note_changed(int flat);
   void note_bad(int flat, const void* const* srcs, int nsrc);
   void finish_round();
@@ -152,15 +148,6 @@ class GradReducer {
   std::vector<int> order_;            // flats in order of issue
   size_t next_ = 0;                   // first of order_ not yet issued in this round
   std::unique_ptr<BucketArena> arena_;
-  // Accumulators on the host, gradients on a device: contributions come down in such a buffer, and are added up when they have arrived, beside backward.
-  struct Descent {
-    int flat;
-    int nsrc;
-    double scale;
-    optim::StagingBuffer buffer;
-  };
-  std::mutex free_mutex_;
-  std::vector<optim::StagingBuffer> free_;
   Listener on_ready_, on_changed_;
   bool final_ = false;
   bool in_round_ = false;
@@ -172,7 +159,7 @@ class GradReducer {
   BadGradient bad_;
   std::vector<int> unused_;
   std::recursive_mutex mutex_;        // hooks may come from several autograd threads
-  platform::Worker sums_;             // the last member: its tasks use the others
+  std::unique_ptr<HostSums> host_sums_;   // accumulators on the host, gradients on a device; the last member: its thread uses the others
 };
 
 }  // namespace ds::zero
