@@ -16,10 +16,10 @@ LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 _TRAIN = """
 import json, sys, torch, deepspeed
 from tests.parity.tiny import batch, config, engine_of, tiny, whole
-zero, stage, precision, out = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+zero, stage, precision, out, clip = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], float(sys.argv[5])
 deepspeed.init_distributed()
 settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}
-engine = engine_of(tiny(width=1024, layers=16), config(stage, zero=zero, gradient_clipping=0.5, gradient_accumulation_steps=2, **settings))
+engine = engine_of(tiny(width=1024, layers=16), config(stage, zero=zero, gradient_clipping=clip, gradient_accumulation_steps=2, **settings))
 dtype = engine.get_data_types()[0]
 losses = []
 for step in range(12):
@@ -28,15 +28,16 @@ for step in range(12):
     engine.step()
     losses.append(loss.item())
 torch.cuda.synchronize()
-torch.save({"losses": losses, "values": {n: p.cpu() for n, p in whole(engine.module).items()}, "held": torch.cuda.memory_allocated()}, out)
+native = engine.optimizer.stepper.native
+torch.save({"losses": losses, "ahead": native.speculated, "values": {n: p.cpu() for n, p in whole(engine.module).items()}, "held": torch.cuda.memory_allocated()}, out)
 engine.destroy()
 """
 
 
-def trained(zero, stage, precision, folder):
+def trained(zero, stage, precision, folder, clip=0.5):
     out = folder / "result.pt"
     clean = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
-    done = subprocess.run([sys.executable, "-c", _TRAIN, json.dumps(zero), str(stage), precision, str(out)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", _TRAIN, json.dumps(zero), str(stage), precision, str(out), str(clip)], capture_output=True, text=True,
                           timeout=180, cwd=ROOT, env={**clean, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return torch.load(out)
@@ -61,3 +62,15 @@ def test_host_and_files(stage, parameters, precision, tmp_path):
     # Master weights (where they are not the weights) and two states have left, and with the parameters what is not in use of them.
     state = 8 + (4 if precision == "bf16" else 0) + ((4 if precision == "fp32" else 2) * 0.5 if parameters else 0)
     assert plain["held"] - host["held"] > 0.9 * state * numel
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage,device", [(2, "cpu"), (3, "cpu"), (3, "nvme")])
+def test_updates_beside_backward(stage, device, precision, tmp_path):
+    section = {"device": device, "nvme_path": str(tmp_path / "state")}
+    want = trained({"offload_optimizer": section}, stage, precision, tmp_path, clip=0)
+    got = trained({"offload_optimizer": {**section, "super_offload": True}}, stage, precision, tmp_path, clip=0)
+    assert got["losses"] == want["losses"]
+    for name, value in want["values"].items():
+        assert torch.equal(value, got["values"][name]), name
+    assert want["ahead"] == 0 < got["ahead"]
