@@ -63,7 +63,8 @@ Kind parse_kind(const std::string& name) {
 }
 
 SliceOptimizer::SliceOptimizer(Kind kind, int64_t params, NormReducer reduce_norms, std::shared_ptr<SliceRest> rest)
-    : kind_(kind), params_(params), reduce_norms_(std::move(reduce_norms)), rest_(std::move(rest)) {
+    : kind_(kind), params_(params), reduce_norms_(std::move(reduce_norms)), rest_(std::move(rest)),
+      speculation_([this](const auto& slices, const Foreseen& step) { compute_ahead(slices, step); }) {
   DS_CHECK_VALUE(!(rest_ && kind_ == Kind::Lamb), "LAMB looks at whole parameters: its state cannot rest in a file");
 }
 
@@ -224,7 +225,9 @@ OwnedSlice SliceOptimizer::tile_of(const OwnedSlice& slice, int64_t begin, const
 }
 
 void SliceOptimizer::foresee(const std::vector<Hyper>& groups, float grad_scale) {
-  if (rest_ && !torn_) speculation_.foresee({groups, grad_scale});
+  if (!rest_ || torn_) return;
+  ahead_.resize(slices_.size());
+  speculation_.foresee({groups, grad_scale});
 }
 
 void SliceOptimizer::speculate(size_t i, const at::Tensor& grad) {
@@ -232,18 +235,20 @@ void SliceOptimizer::speculate(size_t i, const at::Tensor& grad) {
   if (!speculation_.active() || !slice.home.rests || slice.states.empty() || slice.master.numel() == 0) return;
   const SliceRest::Job job = job_of(slice);
   if (!std::all_of(job.arrays.begin(), job.arrays.end(), [this](const at::Tensor& t) { return rest_->has_second_place(t); })) return;
-  ahead_.resize(slices_.size());
   if (!ahead_[i].defined()) ahead_[i] = rest_->zeros(slice.master.numel(), (slice.low.defined() ? slice.low : slice.master).scalar_type());
   std::vector<at::Tensor> sources = slice.states;
   sources.insert(sources.end(), {slice.master, slice.low});
-  speculation_.begin(i, std::move(sources), [this, &slice, ahead = ahead_[i], grad](const Foreseen& step) { compute_ahead(slice, ahead, grad, step); });
+  speculation_.begin({i, grad}, std::move(sources));
 }
 
-void SliceOptimizer::compute_ahead(const OwnedSlice& slice, const at::Tensor& ahead, const at::Tensor& grad, const Foreseen& step) {
+void SliceOptimizer::compute_ahead(const std::vector<Speculation::Ready>& slices, const Foreseen& step) {
   at::NoGradGuard no_grad;
-  rest_->stream({job_of(slice)}, [&](size_t, int64_t begin, const std::vector<at::Tensor>& tile) {
-    OwnedSlice view = tile_of(slice, begin, tile);
-    const at::Tensor weights = ahead.narrow(0, begin, view.master.numel()), part_grad = grad.narrow(0, begin, view.master.numel());
+  std::vector<SliceRest::Job> jobs;
+  for (const Speculation::Ready& ready : slices) jobs.push_back(job_of(slices_[ready.slice]));
+  rest_->stream(jobs, [&](size_t number, int64_t begin, const std::vector<at::Tensor>& tile) {
+    const auto& [i, grad] = slices[number];
+    OwnedSlice view = tile_of(slices_[i], begin, tile);
+    const at::Tensor weights = ahead_[i].narrow(0, begin, view.master.numel()), part_grad = grad.narrow(0, begin, view.master.numel());
     if (view.low.defined()) {
       view.low = weights;
     } else {

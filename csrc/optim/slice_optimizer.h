@@ -93,7 +93,7 @@ class SliceOptimizer {
   void leave(const OwnedSlice& slice, const at::Tensor& grad);
   SliceRest::Job job_of(const OwnedSlice& slice) const;
   OwnedSlice tile_of(const OwnedSlice& slice, int64_t begin, const std::vector<at::Tensor>& tile) const;
-  void compute_ahead(const OwnedSlice& slice, const at::Tensor& ahead, const at::Tensor& grad, const Foreseen& step);
+  void compute_ahead(const std::vector<Speculation::Ready>& slices, const Foreseen& step);
   void take_ahead(size_t slice);
   void upload(const OwnedSlice& view, const std::vector<Segment>& runs, const at::Tensor& values);
   void step_staged(OwnedSlice& view, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad, float grad_scale);

@@ -22,17 +22,28 @@ void Speculation::foresee(Foreseen step) {
 void Speculation::drop() {
   worker_.drop();
   const std::lock_guard<std::mutex> lock(mutex_);
+  ready_.clear();
   begun_.clear();
   step_.reset();
 }
 
-void Speculation::begin(size_t slice, std::vector<at::Tensor> sources, std::function<void(const Foreseen&)> work) {
+void Speculation::begin(const Ready& ready, std::vector<at::Tensor> sources) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::vector<uint32_t> versions = versions_of(sources);
-    begun_[slice] = {std::move(sources), std::move(versions)};
+    begun_[ready.slice] = {std::move(sources), std::move(versions)};
+    ready_.push_back(ready);
   }
-  worker_.submit([this, work = std::move(work)] { work(*step_); });
+  worker_.submit([this] { work(); });
+}
+
+void Speculation::work() {
+  std::vector<Ready> ready;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ready.swap(ready_);
+  }
+  if (!ready.empty()) work_(ready, *step_);   // else an earlier task has taken it along
 }
 
 void Speculation::revoke(size_t slice) {
@@ -47,7 +58,7 @@ std::vector<size_t> Speculation::settle(const std::vector<Hyper>& groups, float 
     drop();
     return holding;
   }
-  worker_.drain();
+  wait();
   for (const auto& [slice, begun] : begun_) {
     if (versions_of(begun.sources) == begun.versions) holding.push_back(slice);
   }

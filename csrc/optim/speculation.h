@@ -16,6 +16,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "optim/hyper.h"
@@ -31,14 +32,23 @@ struct Foreseen {
 
 class Speculation {
  public:
+  // A slice whose gradient is final.
+  struct Ready {
+    size_t slice;
+    at::Tensor grad;
+  };
+  // Computes what slices become, on a thread of the Speculation: all that have become ready while it was at the ones before.
+  using Work = std::function<void(const std::vector<Ready>&, const Foreseen&)>;
+
+  explicit Speculation(Work work) : work_(std::move(work)) {}
+
   // Forgets what came before.
   void foresee(Foreseen step);
   void drop();
   bool active() const { return step_.has_value(); }
 
-  // `work` computes what slice number `slice` becomes, on a thread of this object; its result holds as long as nobody writes to `sources` through
-  // torch, and until it is revoked. From any thread.
-  void begin(size_t slice, std::vector<at::Tensor> sources, std::function<void(const Foreseen&)> work);
+  // The result holds as long as nobody writes to `sources` through torch, and until it is revoked. From any thread.
+  void begin(const Ready& ready, std::vector<at::Tensor> sources);
   void revoke(size_t slice);
 
   // Returns when what has begun is computed; throws what the work has thrown.
@@ -52,8 +62,12 @@ class Speculation {
     std::vector<at::Tensor> sources;
     std::vector<uint32_t> versions;
   };
+  void work();
+
+  const Work work_;
   std::mutex mutex_;
   std::optional<Foreseen> step_;
+  std::vector<Ready> ready_;   // those whose work has not begun
   std::map<size_t, Begun> begun_;
   platform::Worker worker_;   // the last member: its tasks use the others
 };
