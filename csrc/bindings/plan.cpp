@@ -83,6 +83,7 @@ void bind_plan(py::module_& m) {
       .def_readwrite("persistent_numel", &Partition::persistent_numel)
       .def_readwrite("reduce_bytes", &Partition::reduce_bytes)
       .def_readwrite("states", &Partition::states)
+      .def_readwrite("split_master", &Partition::split_master)
       .def_readwrite("accumulation", &Partition::accumulation)
       .def_readwrite("on_host", &Partition::on_host)
       .def_readwrite("prefetch", &Partition::prefetch)

@@ -11,6 +11,7 @@
 
 #include "optim/device_ops.h"
 #include "optim/slice_optimizer.h"
+#include "optim/split_master.h"
 #include "zero/autograd_hooks.h"
 #include "zero/file_rest.h"
 #include "zero/grad_reducer.h"
@@ -131,13 +132,14 @@ void bind_store(py::module_& m) {
                        std::shared_ptr<comm::Transport> reduce, std::shared_ptr<comm::Transport> replicate,
                        const std::string& device, bool shard_params, bool full_master, int64_t align_numel,
                        std::shared_ptr<optim::SliceRest> rest, double rest_share, std::shared_ptr<optim::SliceRest> parameter_rest,
-                       const std::string& folder, int64_t most_in_memory) {
-             zero::StoreOptions options{shard_params, full_master, align_numel, rest, rest_share, parameter_rest, folder, most_in_memory};
+                       const std::string& folder, int64_t most_in_memory, bool split_master) {
+             zero::StoreOptions options{shard_params, full_master,    align_numel,  rest, rest_share, parameter_rest,
+                                        folder,       most_in_memory, split_master};
              return std::make_shared<PyStore>(zero::Groups{world, shard, reduce, replicate}, at::Device(device), std::move(options));
            }),
            py::arg("world"), py::arg("shard"), py::arg("reduce"), py::arg("replicate"), py::arg("device"), py::arg("shard_params"),
            py::arg("full_master"), py::arg("align_numel") = 64, py::arg("rest") = nullptr, py::arg("rest_share") = 1.0,
-           py::arg("parameter_rest") = nullptr, py::arg("folder") = "", py::arg("most_in_memory") = 0)
+           py::arg("parameter_rest") = nullptr, py::arg("folder") = "", py::arg("most_in_memory") = 0, py::arg("split_master") = false)
       .def("add_unit", &add_unit, py::arg("name"), py::arg("params"), py::arg("names"), py::arg("trainable"), py::arg("dtypes"),
            py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"), py::arg("vacant") = false)
       .def("gather", [](PyStore& s, int unit, const std::string& phase, bool prefetch) { s.gather(unit, comm::intern(phase), prefetch); },
@@ -146,6 +148,7 @@ void bind_store(py::module_& m) {
       .def("check_params", &PyStore::check_params, Release())
       .def("stay_frozen", [](PyStore& s, int param) { s.params().at(param).stays_frozen = true; })
       .def("adopt_written", &PyStore::adopt_written, Release())
+      .def("forget_written", &PyStore::forget_written)
       .def("release_all", &PyStore::release_all, Release())
       .def("pin", &PyStore::pin)
       .def("unpin", &PyStore::unpin)
@@ -405,6 +408,10 @@ void bind_optimizer(py::module_& m) {
              o.slices().at(slice).states = std::move(states);
            })
       .def("state_bytes", &SliceOptimizer::state_bytes);
+  m.def("read_split", &optim::read_split, py::arg("weights"), py::arg("low_bits"), py::arg("values"), Release(),
+        "values (float32) = split masters of bfloat16 weights and int16 low bits; contiguous, one-dimensional, on any devices.");
+  m.def("write_split", &optim::write_split, py::arg("values"), py::arg("weights"), py::arg("low_bits"), Release(),
+        "Weights and low bits of the split masters that have these values, of any floating-point dtype.");
   m.def("copy_scale", &optim::copy_scale, py::arg("dst"), py::arg("src"), py::arg("scale"), Release(),
         "dst = cast(scale * src) over contiguous one-dimensional tensors of float32, float16 or bfloat16.");
 }

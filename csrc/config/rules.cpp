@@ -81,6 +81,9 @@ void precision_rules(Resolved& resolved, Findings& findings) {
   if (on(fp16, "fp16_master_weights_and_grads") && on(bf16, "bf16_master_weights_and_grads")) {
     findings.problem("fp16.fp16_master_weights_and_grads, bf16.bf16_master_weights_and_grads", "both are true; at most one may be");
   }
+  if (on(bf16, "split_master") && !on(bf16, "enabled")) {
+    findings.problem("bf16.split_master", "found true; needs bf16.enabled true, found false: only a bf16 weight is the upper half of an fp32 master");
+  }
   if (on(bf16, "bf16_optimizer_states") && !on(bf16, "bf16_master_weights_and_grads")) {
     findings.problem("bf16.bf16_optimizer_states", "found true; needs bf16.bf16_master_weights_and_grads true, found false");
   }

@@ -29,7 +29,10 @@ Key bf16_section() {
        boolean("bf16_master_weights_and_grads", false, "Master weights and gradients in bf16 too")
            .refuse(When::True, "remove it: master weights are kept in fp32"),
        boolean("bf16_optimizer_states", false, "Optimizer states in bf16; needs bf16_master_weights_and_grads")
-           .refuse(When::True, "remove it: optimizer states are kept in fp32")})
+           .refuse(When::True, "remove it: optimizer states are kept in fp32"),
+       boolean("split_master", false,
+               "An fp32 master is kept as its bf16 weight and the 16 bits that it lacks: 12 bytes a parameter with Adam instead of 14, and the same "
+               "updates. Weights are rounded to nearest, ties away from zero. Not for optimizers that look at whole parameters")})
       .numbers_as_text().alias("bfloat16");
 }
 

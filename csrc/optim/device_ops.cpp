@@ -8,6 +8,8 @@
 
 #include "base/error.h"
 #include "kernels/reduce/reduce.h"
+#include "optim/split_master.h"
+#include "optim/tensor_step.h"
 #ifdef DS_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -113,6 +115,7 @@ int64_t first_nonfinite(const void* src, DType dtype, int64_t n, at::Device devi
 
 void adam(const kernels::Adam& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,
           const at::Tensor& v, const at::Tensor& low) {
+  if (is_split(p)) return adam_step(h, grad_scale, {low}, {g}, {m}, {v}, {{p}, {}, {}});
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::adam(h, grad_scale, f32(p), ptr(g), gd, f32(m), f32(v), ptr(low), ld, p.numel(), stream_of(p)));
   ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
@@ -122,6 +125,7 @@ void adam(const kernels::Adam& h, float grad_scale, const at::Tensor& p, const a
 
 void lion(const kernels::Lion& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,
           const at::Tensor& low) {
+  if (is_split(p)) return lion_step(h, grad_scale, {low}, {g}, {m}, {{p}, {}, {}});
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::lion(h, grad_scale, f32(p), ptr(g), gd, f32(m), ptr(low), ld, p.numel(), stream_of(p)));
   ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
@@ -131,6 +135,7 @@ void lion(const kernels::Lion& h, float grad_scale, const at::Tensor& p, const a
 
 void adagrad(const kernels::Adagrad& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& sum,
              const at::Tensor& low) {
+  if (is_split(p)) return adagrad_step(h, grad_scale, {low}, {g}, {sum}, {{p}, {}, {}});
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::adagrad(h, grad_scale, f32(p), ptr(g), gd, f32(sum), ptr(low), ld, p.numel(), stream_of(p)));
   ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
@@ -140,6 +145,7 @@ void adagrad(const kernels::Adagrad& h, float grad_scale, const at::Tensor& p, c
 
 void sgd(const kernels::Sgd& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& buf,
          const at::Tensor& low) {
+  if (is_split(p)) return sgd_step(h, grad_scale, {low}, {g}, {buf}, {{p}, {}, {}});
   const DType gd = to_dtype(g.scalar_type()), ld = dtype_or_f32(low);
   DS_ON_CUDA(p, kernels::sgd(h, grad_scale, f32(p), ptr(g), gd, f32(buf), ptr(low), ld, p.numel(), stream_of(p)));
   ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {

@@ -22,7 +22,8 @@ void accumulate(const at::Tensor& dst, const at::Tensor& src, float scale);
 void sum_squares(const at::Tensor& x, const at::Tensor& stats);
 int64_t first_nonfinite(const void* src, DType dtype, int64_t n, at::Device device);
 
-// Elementwise updates; `low` may be undefined, `g` is fp32, bf16 or fp16.
+// Elementwise updates; `low` may be undefined, `g` is fp32, bf16 or fp16. Where p is int16 it holds the low bits of split masters (split_master.h)
+// whose weights are `low`.
 void adam(const kernels::Adam& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,
           const at::Tensor& v, const at::Tensor& low);
 void lion(const kernels::Lion& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,

@@ -6,6 +6,7 @@
 
 #include "optim/device_ops.h"
 #include "optim/many_device.h"
+#include "optim/split_master.h"
 #include "optim/tensor_step.h"
 
 namespace ds::optim {
@@ -14,28 +15,6 @@ namespace {
 using kernels::Dice;
 using kernels::Form;
 using kernels::Stored;
-
-void widen(const Stored& from, const at::Tensor& to) {
-#ifdef DS_WITH_CUDA
-  if (to.is_cuda()) {
-    const ops::OnGpu gpu(to);
-    return kernels::widen(from, to.data_ptr<float>(), to.numel(), gpu.stream());
-  }
-#endif
-  for_row_pieces({to.numel()}, [&](size_t, int64_t begin, int64_t end) { kernels::widen(from.at(begin), to.data_ptr<float>() + begin, end - begin); });
-}
-
-void narrow(const at::Tensor& from, const Stored& to, const Dice& dice) {
-#ifdef DS_WITH_CUDA
-  if (from.is_cuda()) {
-    const ops::OnGpu gpu(from);
-    return kernels::narrow(from.data_ptr<float>(), to, dice, from.numel(), gpu.stream());
-  }
-#endif
-  for_row_pieces({from.numel()}, [&](size_t, int64_t begin, int64_t end) {
-    kernels::narrow(from.data_ptr<float>() + begin, to.at(begin), {dice.seed, dice.draw, dice.first + static_cast<uint64_t>(begin)}, end - begin);
-  });
-}
 
 // A float32 tensor over an array: the array itself, or a copy that `close` stores.
 class Wide {

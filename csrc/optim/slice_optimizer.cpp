@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "optim/device_ops.h"
 #include "optim/long_lived.h"
+#include "optim/split_master.h"
 #include "platform/memory.h"
 
 namespace ds::optim {
@@ -80,7 +81,11 @@ std::vector<std::string> SliceOptimizer::state_names() const {
 }
 
 int SliceOptimizer::add_slice(at::Tensor master, at::Tensor low, std::vector<Segment> segments, SliceHome home) {
-  DS_CHECK(master.scalar_type() == at::kFloat && master.dim() == 1, "a master slice must be one-dimensional float32");
+  if (is_split(master)) {
+    DS_CHECK_VALUE(kind_ != Kind::Lamb, "LAMB looks at whole parameters: its masters cannot be split");
+    DS_CHECK(low.defined() && low.scalar_type() == at::kBFloat16 && low.sizes() == master.sizes(), "the low bits of a slice lie beside bfloat16 weights");
+  }
+  DS_CHECK((is_split(master) || master.scalar_type() == at::kFloat) && master.dim() == 1, "a master slice must be one-dimensional float32 or int16");
   for (const Segment& s : segments) {
     DS_CHECK(s.begin >= 0 && s.begin + s.numel <= master.numel(),
              "segment [" << s.begin << ", +" << s.numel << ") outside a slice of " << master.numel());
@@ -284,6 +289,9 @@ void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Segment>& r
   if (!uploads_) uploads_ = std::make_unique<StagingRing>(remote.device(), rest_->pinned(), 2);
   StagingBuffer& buffer = uploads_->take();
   view.low = buffer.memory(static_cast<int64_t>(remote.nbytes())).view(remote.scalar_type());
+  if (is_split(view.master)) {   // half of the values is there
+    for (const Segment& run : runs) part(view.low, run).copy_(part(remote, run));
+  }
   step_runs(view, runs, groups, grad, grad_scale);
   for (const Segment& run : runs) part(remote, run).copy_(part(view.low, run), /*non_blocking=*/true);
   buffer.mark();

@@ -37,7 +37,7 @@ struct SliceHome {
 };
 
 // What one step works on: the fp32 master values (which may be the parameter's own memory), and where a low-precision
-// copy of the result goes (undefined: nowhere).
+// copy of the result goes (undefined: nowhere). Or, master being int16, split masters: low bits whose weights are `low`.
 struct OwnedSlice {
   at::Tensor master;
   at::Tensor low;

@@ -180,8 +180,16 @@ bool has_master(const FlatSize& flat, const Partition& p) {
   return flat.element_bytes < kFloatBytes || (!p.on_host && flat.states != Tier::Device && flat.params == Tier::Device);
 }
 
-// Arrays that the step over states in a file streams. A parameter that is its own master is reached through its mapping.
-int64_t streamed_arrays(const FlatSize& flat, const Partition& p) { return p.states + (has_master(flat, p) ? 1 : 0); }
+// A master is whole, or lies beside the weights.
+bool is_split(const FlatSize& flat, const Partition& p) { return p.split_master && flat.element_bytes < kFloatBytes; }
+
+int64_t master_bytes(const FlatSize& flat, const Partition& p) {
+  if (!has_master(flat, p)) return 0;
+  return is_split(flat, p) ? kFloatBytes - flat.element_bytes : kFloatBytes;
+}
+
+// Bytes an element that the step over states in a file streams. A parameter that is its own master is reached through its mapping.
+int64_t streamed_bytes(const FlatSize& flat, const Partition& p) { return p.states * kFloatBytes + master_bytes(flat, p); }
 
 // Memory of the step's tiles over states in files.
 int64_t tile_memory(const std::vector<UnitSize>& units, const Partition& p) {
@@ -191,8 +199,8 @@ int64_t tile_memory(const std::vector<UnitSize>& units, const Partition& p) {
     for (const FlatSize& flat : unit.flats) {
       if (!flat.trainable || flat.states != Tier::File) continue;
       tiles += ceil_div(flat.layout.shard_numel, most);
-      const int64_t bytes = round_up(std::min(flat.layout.shard_numel, most) * kFloatBytes, kReservePageBytes);
-      slot = std::max(slot, streamed_arrays(flat, p) * bytes);
+      const auto pages = [&](int64_t element_bytes) { return round_up(std::min(flat.layout.shard_numel, most) * element_bytes, kReservePageBytes); };
+      slot = std::max(slot, p.states * pages(kFloatBytes) + pages(master_bytes(flat, p)));
     }
   }
   return std::min<int64_t>(tiles, p.offload.buffers) * slot;
@@ -224,7 +232,7 @@ void by_kind(Estimate& result, const std::vector<UnitSize>& units, const Partiti
       const int64_t owned = p.partial_step ? flat.layout.shard_numel : flat.layout.numel();
       MemoryUse& states = tier_of(result, p, flat.states);
       states.gradients += kFloatBytes * owned;
-      if (has_master(flat, p)) states.master_weights += kFloatBytes * owned;
+      states.master_weights += master_bytes(flat, p) * owned;
       states.optimizer_state += kFloatBytes * p.states * owned;
       largest = std::max(largest, flat.layout.numel() * reduced_bytes(flat, p));
     }
@@ -246,15 +254,16 @@ TierTraffic tier_traffic(const std::vector<UnitSize>& units, const Partition& p)
       }
       if (!flat.trainable) continue;
       if (flat.params == Tier::File) t.mapped_written += flat.shard_bytes();
-      if (flat.params == Tier::File && !has_master(flat, p)) t.mapped_read += flat.shard_bytes();
+      if (flat.params == Tier::File && (!has_master(flat, p) || is_split(flat, p))) t.mapped_read += flat.shard_bytes();
       if (flat.states == Tier::Device) continue;
       if (!p.on_host) {
         t.to_host += p.accumulation * flat.layout.shard_numel * reduced_bytes(flat, p);
         if (flat.params == Tier::Device) t.from_host += flat.shard_bytes();
+        if (flat.params == Tier::Device && is_split(flat, p)) t.to_host += flat.shard_bytes();
       }
       if (flat.states != Tier::File) continue;
-      t.file_read += streamed_arrays(flat, p) * slice;
-      t.file_written += streamed_arrays(flat, p) * slice;
+      t.file_read += streamed_bytes(flat, p) * flat.layout.shard_numel;
+      t.file_written += streamed_bytes(flat, p) * flat.layout.shard_numel;
       t.mapped_written += p.accumulation * slice;   // each micro-batch adds to the gradient slice,
       t.mapped_read += p.accumulation * slice;      // the first without reading it; the step reads it
     }

@@ -43,6 +43,7 @@ struct Partition {
   int64_t persistent_numel = 0;    // units up to this size stay gathered
   int64_t reduce_bytes = 0;        // element size of gradients on their way; 0: the parameter's
   int64_t states = 2;              // fp32 values of optimizer state an element
+  bool split_master = false;       // the master of a 16-bit parameter is two bytes beside it, not an fp32 value
   int64_t accumulation = 1;        // micro-batches a step
   int64_t align_numel = 64;
   bool on_host = false;            // the device is the host itself: buffers are rounded to its pages

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where parameters and masters lie that are not in use: memory that peers gather from, mapped files, or the host of an accelerator.
+// Where parameters lie that are not in use: memory that peers gather from, mapped files, or the host of an accelerator.
 #include "zero/param_store.h"
 
 #include <ATen/core/grad_mode.h>
@@ -13,7 +13,6 @@
 
 #include "base/checked.h"
 #include "comm/memory.h"
-#include "optim/long_lived.h"
 #include "plan/reserve.h"
 #include "platform/memory.h"
 
@@ -65,21 +64,6 @@ std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_
   const int64_t offset = chunk.used_bytes;
   chunk.used_bytes += size;
   return {chunk.buffer, offset};
-}
-
-at::Tensor ParamStore::master_of(const Flat& flat, const at::Tensor& values) {
-  if (!flat.state_rests) return optim::long_lived_copy(values.to(device_, at::kFloat));
-  const at::Tensor master = options_.rest->zeros(values.numel(), at::kFloat, /*second_place=*/true);
-  master.copy_(values);
-  options_.rest->leave(master);
-  return master;
-}
-
-void ParamStore::make_master(int index) {
-  at::NoGradGuard no_grad;
-  Flat& flat = flats_.at(index);
-  flat.master = master_of(flat, options_.full_master ? flat.full : flat.shard);
-  leave_file(flat);
 }
 
 bool ParamStore::in_file(int index) const {

@@ -14,6 +14,7 @@
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "optim/split_master.h"
 
 namespace ds::zero {
 namespace {
@@ -35,13 +36,6 @@ at::Tensor slot_view(const at::Tensor& full, int64_t offset, const at::Tensor& l
   at::Tensor flat = full.narrow(0, offset, like.numel());
   if (like.numel() > 0 && like.is_non_overlapping_and_dense()) return flat.as_strided(like.sizes(), like.strides(), offset);
   return flat.view(like.sizes());
-}
-
-// The fp32 master takes over values somebody has written. Where they still are the rounded master, nobody has, and the master's
-// further digits stay.
-void follow(const at::Tensor& master, const at::Tensor& written) {
-  const at::Tensor values = written.to(master.device());
-  master.copy_(at::where(master.to(values.scalar_type()).eq(values), master, values.to(at::kFloat)));
 }
 
 std::string changed_shape(const Param& p, const at::Tensor& now) {
@@ -173,9 +167,12 @@ void ParamStore::fill_flat(Flat& flat, const UnitRequest& request, const std::ve
     groups_.world->broadcast(staging.data_ptr(), static_cast<size_t>(bytes), 0, tag("broadcast", flat.unit, bytes));
   }
   if (wants_master) {
-    flat.full.copy_(staging);
-    const int64_t shard = flat.layout.shard_numel;
-    flat.master = master_of(flat, options_.full_master ? staging : staging.narrow(0, rank() * shard, shard));
+    if (is_split(flat)) {
+      optim::write_split(staging, flat.full, at::Tensor());
+    } else {
+      flat.full.copy_(staging);
+    }
+    flat.master = master_of(flat, options_.full_master ? staging : mine_of(flat, staging));
     staging = at::Tensor();
     pool_.put(std::move(staging_memory));
   }
@@ -360,32 +357,6 @@ bool ParamStore::adopt_written() {
     }
   }
   return any;
-}
-
-// My shard and my master follow the parameter.
-void ParamStore::adopt_values(Flat& flat, Param& p) {
-  const plan::Slot& slot = flat.layout.slots[p.slot];
-  const plan::Slice mine = plan::slice_of(flat.layout, p.slot, rank());
-  const auto values_of_mine = [&] { return flat.full.narrow(0, rank() * flat.layout.shard_numel + mine.shard_begin, mine.numel); };
-  if (options_.shard_params && mine.numel > 0) flat.shard.narrow(0, mine.shard_begin, mine.numel).copy_(values_of_mine());
-  if (!flat.master.defined() || (options_.full_master ? slot.numel : mine.numel) == 0) return;
-  const at::Tensor values = options_.full_master ? flat.full.narrow(0, slot.offset, slot.numel) : values_of_mine();
-  const at::Tensor master = options_.full_master ? flat.master.narrow(0, slot.offset, slot.numel)
-                                                 : flat.master.narrow(0, mine.shard_begin, mine.numel);
-  follow(master, values);
-}
-
-void ParamStore::copy_back(Unit& unit) {
-  at::NoGradGuard no_grad;
-  for (int f : unit.flats) {
-    Flat& flat = flats_[f];
-    const at::Tensor mine = flat.full.narrow(0, rank() * flat.layout.shard_numel, flat.layout.shard_numel);
-    if (options_.shard_params) flat.shard.copy_(mine);
-    if (flat.master.defined()) flat.master.copy_(options_.full_master ? flat.full : mine);
-    for (int number : flat.params) {
-      if (!params_[number].dropped) params_[number].version = params_[number].tensor._version();
-    }
-  }
 }
 
 void ParamStore::write_back(int index) {

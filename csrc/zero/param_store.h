@@ -50,7 +50,7 @@ struct Flat {
   int64_t home_offset_bytes = 0;
   at::Tensor shard;                                  // my part, [shard_numel], a view of home
   at::Tensor full;                                   // [world * shard_numel]; undefined while freed
-  at::Tensor master;                                 // fp32, my part (or all, full_master), when more exact than the shard
+  at::Tensor master;                                 // fp32 or split (int16), my part (or all, full_master), when more exact than the shard
   at::Tensor buffer;                                 // pool memory behind `full` (sharded stores only)
   bool state_rests = false;                          // its master, states and gradient slice rest where the options say
   std::shared_ptr<comm::Work> gathering;
@@ -87,6 +87,7 @@ struct StoreOptions {
   std::shared_ptr<optim::SliceRest> parameter_rest;   // where shards lie that the carrier cannot gather from; null: in homes
   std::string folder;            // where parameters rest in files; empty: memory
   int64_t most_in_memory = 0;    // with a folder: elements of this rank's parameters that rest in memory all the same
+  bool split_master = false;     // masters of bfloat16 parameters are their low bits (optim/split_master.h), beside the weights at rest
 };
 
 // Bytes this rank holds now: parameters at rest (shards, or all of them when replicated), masters, and the buffers of gathered
@@ -141,7 +142,9 @@ class ParamStore {
   // Between reduction and update: what take_replaced finds in gathered units counts, and so do values written in place (as
   // load_state_dict does) since the last update. Local. Writing through `.data` leaves no trace and is not seen. Whether there was any.
   bool adopt_written();
-  // The fp32 master of a flat, from its own values.
+  // What has been written so far is in the shards and masters already.
+  void forget_written();
+  // The master of a flat, from its own values.
   void make_master(int flat);
   // The pages of parameters in files leave this process's memory.
   void leave_files();
@@ -185,6 +188,8 @@ class ParamStore {
   void adopt_param(Flat& flat, Param& p);
   void bind(Unit& unit, bool available);
   void copy_back(Unit& unit);
+  bool is_split(const Flat& flat) const;
+  at::Tensor mine_of(const Flat& flat, const at::Tensor& full) const;   // my part of values of all of the flat
   at::Tensor master_of(const Flat& flat, const at::Tensor& values);
   void start_gather(Flat& flat, const char* phase, const std::shared_ptr<c10::Event>& free_since);
   std::shared_ptr<comm::Work> start_upload(Flat& flat, const std::shared_ptr<c10::Event>& free_since);

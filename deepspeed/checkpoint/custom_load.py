@@ -3,6 +3,7 @@
 import torch
 
 from deepspeed.zero import GatheredParameters
+from deepspeed.zero.split_master import follow
 from deepspeed.zero.tensors import in_memory_order
 
 
@@ -26,6 +27,7 @@ def load_by(function, loading):
     managed, module = holdings.managed, holdings.module
     sharded = managed is not None and managed.shards_params
     with GatheredParameters(list(module.parameters())):
+        before = {} if sharded else {number: held.low.clone() for number, held in enumerate(holdings.slices) if held.is_split}
         if not sharded or holdings.group_rank == 0:
             with torch.no_grad():
                 function(src=module_state(loading.source), dst=module)
@@ -34,22 +36,23 @@ def load_by(function, loading):
         if sharded:
             for unit in range(managed.store.units):
                 managed.store.broadcast_full(unit, 0)
-        _follow(holdings, sharded)
+        _follow(holdings, sharded, before)
     holdings.take_over_masters()
 
 
 @torch.no_grad()
-def _follow(holdings, sharded):
-    """Masters and shards take over what now stands in the whole parameters."""
+def _follow(holdings, sharded, before):
+    """Masters and shards take over what now stands in the whole parameters. before: {slice number: weights of split masters that the whole
+    parameters' memory held until now}."""
     for name, number, segment, first in holdings.segments():
         parameter = holdings.names.parameters[name]
-        held = holdings.optimizer.slices[number]
+        held = holdings.slices[number]
         values = in_memory_order(parameter.detach(), parameter)[first:first + segment.numel]
         master = held.master.narrow(0, segment.begin, segment.numel)
         if held.low is None:
             master.copy_(values)
         else:
-            master.copy_(torch.where(master.to(values.dtype) == values, master, values.float()))
+            follow(master, values, before[number].narrow(0, segment.begin, segment.numel) if number in before else None)
     if sharded:
         for name, parameter in holdings.names.parameters.items():
             if name not in holdings.trained and parameter.numel():

@@ -22,7 +22,7 @@ class Filling:
         if data.numel() == 0:
             return
         same = info.dtype == piece.dtype or (info.dtype in dtypes.CONVERTIBLE and piece.dtype in dtypes.CONVERTIBLE)
-        if same and info.order == piece.order and data.device.type == "cpu" and data.is_contiguous():
+        if same and info.order == piece.order and piece.on_host and data.is_contiguous():
             self._direct.append((info.name, info.kind, piece.begin, data.numel(), piece.dtype, data.view(torch.uint8).numpy()))
         else:
             self._staged.append((info, piece, same))
@@ -53,12 +53,14 @@ class Filling:
 
     def _in_turns(self, info, piece):
         data = piece.data
-        step = _STAGING_BYTES // data.element_size()
+        step = (_STAGING_BYTES if self._leave is None else _RESTING_BYTES) // data.element_size()
         staging = torch.empty(min(step, data.numel()), dtype=data.dtype, pin_memory=data.device.type == "cuda")
         for begin in range(0, data.numel(), step):
             part = staging[:min(step, data.numel() - begin)]
             self.source.read_into([(info.name, info.kind, piece.begin + begin, part.numel(), piece.dtype, part.view(torch.uint8).numpy())])
             data[begin:begin + part.numel()].copy_(part)
+            if self._leave is not None:
+                self._leave()
 
     def _reordered(self, info, piece):
         """Another order of dimensions, or a conversion that reading does not do: by way of the whole tensor."""

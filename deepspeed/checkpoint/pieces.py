@@ -11,6 +11,7 @@ import torch
 from deepspeed.checkpoint import dtypes
 from deepspeed.checkpoint.names import ModelNames, order_of
 from deepspeed.zero.managed import home_of
+from deepspeed.zero.split_master import SplitValues
 
 RESERVED = ("fp32", "weight", "buffer", "object", "grad")
 _BIG_BUFFER_BYTES = 16 << 20
@@ -24,11 +25,16 @@ class Piece(NamedTuple):
     shape: tuple
     order: tuple
     begin: int
-    data: torch.Tensor   # 1-D, a view of what the engine uses
+    data: torch.Tensor   # 1-D, a view of what the engine uses, or a SplitValues over it
 
     @property
     def dtype(self):
         return dtypes.name_of(self.data.dtype)
+
+    @property
+    def on_host(self):
+        """Whether the bytes lie in the host's memory, as they are in files."""
+        return self.data.device.type == "cpu" and not isinstance(self.data, SplitValues)
 
 
 def state_kind(key):
@@ -69,6 +75,11 @@ class Holdings:
                 groups[self.optimizer.group_of[index]].append(name_of[index])
         return groups
 
+    @property
+    def slices(self):
+        """The OptimizerSlices that this rank steps."""
+        return self.optimizer.slices if self.optimizer is not None else ()
+
     def _flat(self, home):
         store = self.managed.store
         return store.flat_info(store.param_place(home.index)[1])
@@ -96,7 +107,7 @@ class Holdings:
     def segments(self):
         """(name, slice number, segment, first element of the parameter that the segment holds) of what this rank steps."""
         name_of = {index: name for name, index in self.trained.items()}
-        for number, held in enumerate(self.optimizer.slices if self.optimizer is not None else ()):
+        for number, held in enumerate(self.slices):
             for segment in held.segments:
                 yield name_of[segment.param], number, segment, self._segment_begin(segment)
 
@@ -110,7 +121,7 @@ class Holdings:
             begin, numel = self.share_of(self.names.parameters[name])
             if numel == 0:
                 continue
-            values = {"fp32": self.optimizer.slices[number].master.narrow(0, segment.begin, segment.numel)}
+            values = {"fp32": self.slices[number].master.narrow(0, segment.begin, segment.numel)}
             values.update((state_kind(key), value) for key, value in self.optimizer.stepper.slices_of(number, segment).items())
             for kind, value in values.items():
                 found.setdefault(kind, []).append(Piece(name, kind, shape, order, begin, value.narrow(0, begin - first, numel)))
@@ -174,7 +185,7 @@ class Holdings:
         for name, number, segment, first in self.segments():
             if name in names:
                 shape, order = self._describe(name)
-                yield Piece(name, "fp32", shape, order, first, self.optimizer.slices[number].master.narrow(0, segment.begin, segment.numel))
+                yield Piece(name, "fp32", shape, order, first, self.slices[number].master.narrow(0, segment.begin, segment.numel))
         for name, parameter in self.names.parameters.items():
             if name in names and name not in self.trained and parameter.numel():
                 yield from self._rest_targets(name, parameter)
@@ -198,14 +209,13 @@ class Holdings:
 
     def take_over_masters(self):
         """After the masters were filled: the parameters follow, on all ranks. Collective."""
-        if self.optimizer is not None:
-            for held in self.optimizer.slices:
-                if held.low is not None:
-                    held.low.copy_(held.master)
-                    self.managed.leave_files()
+        for held in self.slices:
+            held.refresh()
+            self.managed.leave_files()
         if self.managed is None:
             return
         transports, store = self.managed.transports, self.managed.store
+        store.forget_written()
         transports.world.barrier("loaded")
         store.publish_all()
         if self.optimizer is None or self.optimizer.options.partial_slices:

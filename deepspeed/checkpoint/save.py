@@ -15,6 +15,7 @@ from deepspeed.checkpoint.pieces import Piece
 from deepspeed.checkpoint.source import CheckpointError, TensorInfo
 from deepspeed.checkpoint.tree import Encoder
 from deepspeed.telemetry import logger
+from deepspeed.zero.split_master import plain
 
 _CHUNK_BYTES = 16 << 20          # of a device's memory on its way through the host, for each writer
 _RESTING_BYTES = 32 << 20        # of files that values rest in, in memory at a time for each writer
@@ -98,16 +99,16 @@ def stored_form(piece):
 
 
 def byte_views(piece):
-    """The piece's bytes on the host, as buffers, a bounded part at a time."""
+    """The piece's bytes on the host, as buffers: all of them, or where they have to be brought or made, a bounded part at a time."""
     data = piece.data if piece.data.is_contiguous() else piece.data.contiguous()
     if data.numel() == 0:
         return
-    if data.device.type == "cpu":
+    if piece.on_host:
         yield data.view(torch.uint8).numpy()
         return
     step = _CHUNK_BYTES // data.element_size()
     for begin in range(0, data.numel(), step):
-        yield data[begin:begin + step].cpu().view(torch.uint8).numpy()
+        yield plain(data[begin:begin + step]).cpu().view(torch.uint8).numpy()
 
 
 class RankFiles:
@@ -205,13 +206,13 @@ def stream(path, pieces, leave=None):
         offsets = out.offsets
         on_host = []
         for piece in pieces:
-            if piece.data.device.type == "cpu":
+            if piece.on_host:
                 on_host += byte_views(piece)
                 continue
             write_host(on_host)
             on_host = []
             for part in byte_views(piece):
-                out.write([part])
+                write_host([part])
         write_host(on_host)
         size, sums = out.finish()
         return size, sums, offsets

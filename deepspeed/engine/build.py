@@ -45,7 +45,8 @@ def manage(model, config, layout, device, group, trained):
     _mark_configured_leaves(model, zero.leaf_module)
     plan = plan_model(model, zero.reduce_bucket_size, zero.prefetch_bucket_size, tuple(zero.leaf_module.classes))
     transports = open_transports(device, group, layout.shard_size or None)
-    managed = ManagedModel(transports, device, layout.shard_params, full_master=not layout.partial_step, tiers=tiers_of(config, device, bool(trained)))
+    managed = ManagedModel(transports, device, layout.shard_params, full_master=not layout.partial_step,
+                           tiers=tiers_of(config, device, bool(trained)), split_master=config.bf16.split_master)
     dtype_of = _target_dtype(layout)
     units = [managed.add_unit(unit, dtype_of, lambda p: id(p) in trained, keep_master=bool(trained), persistent_numel=layout.persistent_numel)
              for unit in plan.units]

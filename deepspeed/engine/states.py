@@ -118,7 +118,7 @@ class StateMethods:
         if isinstance(optimizer, ShardedOptimizer):
             for number, held in enumerate(optimizer.slices):
                 if held.low is not None:
-                    add(valued, "hp_params", held.master)
+                    add(valued, "hp_params", held.beside)
                 for state in optimizer.stepper.memory_of(number):
                     add(valued, "optim_states", state)
                 if "lp_grads" in kinds:

@@ -219,6 +219,7 @@ def _partition(config, gpus, device, states, stage):
     comm = config.communication_data_type
     p.reduce_bytes = _ELEMENT_BYTES[comm.lower()] if comm else 0
     p.states = states
+    p.split_master = bool(config.bf16.split_master)
     p.accumulation = int(config.gradient_accumulation_steps or 1)
     p.on_host = device == "cpu"
     p.prefetch = device != "cpu"   # ranks on one CPU host read each other's memory when they need it

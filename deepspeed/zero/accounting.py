@@ -32,7 +32,7 @@ def places(optimizer):
     for rests, place in ((False, device), (True, _place(tiers.rest, device))):
         slices = [s for s in optimizer.slices if s.rests == rests]
         trained = sum(s.master.numel() for s in slices)
-        rows += [("master weights", 4 * sum(s.master.numel() for s in slices if s.low is not None), place),
+        rows += [("master weights", sum(s.beside.nbytes for s in slices if s.low is not None), place),
                  ("optimizer states", 4 * trained * states, place), ("gradient slices", 4 * trained, place)]
         if rests and tiers.speculates:   # the same once more, and the weights
             rows.append(("updates in advance", sum(4 * s.master.numel() * (states + (s.low is not None)) +

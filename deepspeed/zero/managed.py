@@ -92,7 +92,7 @@ def home_of(parameter):
 class ManagedModel:
     """The parameters of one model in one store."""
 
-    def __init__(self, transports, device, shard_params, full_master=False, tiers=IN_MEMORY):
+    def __init__(self, transports, device, shard_params, full_master=False, tiers=IN_MEMORY, split_master=False):
         self.transports = transports
         self.device = device
         self.tiers = tiers
@@ -101,7 +101,7 @@ class ManagedModel:
         self.sharded_api = shard_params
         self.store = lib().ParamStore(transports.world, transports.shard, transports.reduce, transports.replicate, str(device),
                                       self.shards_params, full_master, rest=tiers.rest, rest_share=tiers.rest_share, parameter_rest=tiers.parameter_rest,
-                                      folder=tiers.parameter_folder, most_in_memory=tiers.parameters_in_memory)
+                                      folder=tiers.parameter_folder, most_in_memory=tiers.parameters_in_memory, split_master=split_master)
         self.store.set_guard_classes(guard_class, ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE)
         self.scheduler = lib().UnitScheduler(self.store)
         self.reducer = None

@@ -47,9 +47,8 @@ class MuonStep:
                 if index in frozen:
                     continue
                 self._step_matrix(index, groups[group], parameter, grads, grad_scale)
-        for number, s in enumerate(self.slices):
-            if s.low is not None:
-                lib().copy_scale(s.low, s.master, 1.0)
+        for s in self.slices:
+            s.refresh()
 
     def _step_matrix(self, index, group, parameter, grads, grad_scale):
         from deepspeed.ops.muon import _orthogonaliser

@@ -11,6 +11,7 @@ from deepspeed.telemetry import logger
 from deepspeed.zero.managed import home_of
 from deepspeed.zero.muon_step import MuonStep
 from deepspeed.zero.offload_config import FOR_BACKWARD
+from deepspeed.zero.split_master import SplitValues
 from deepspeed.zero.stepper import ClientStep, FusedStep, recognise
 from deepspeed.zero.tensors import shaped_like
 
@@ -42,12 +43,27 @@ class SliceSegment:
 @dataclass
 class OptimizerSlice:
     flat: int
-    master: torch.Tensor      # fp32, 1-D
+    master: torch.Tensor      # fp32, 1-D; of split masters a SplitValues, whose weights `low` are
     low: object               # the parameter memory to refresh, None when it is the master
     rests: bool = False       # its state rests where the configuration says, not where the model is
     in_file: bool = False     # low, or the master when there is none, is a mapping of a file
     apart: bool = False       # low is not on the master's device
     segments: list = field(default_factory=list)
+
+    @property
+    def is_split(self):
+        return isinstance(self.master, SplitValues)
+
+    @property
+    def beside(self):
+        """The memory that makes masters of the weights: fp32 values, or low bits. The master itself where it is the parameter."""
+        return self.master.low_bits if self.is_split else self.master
+
+    def refresh(self, begin=0, numel=None):
+        """After masters were set: the parameter memory follows."""
+        if self.low is not None and not self.is_split:
+            numel = self.master.numel() if numel is None else numel
+            self.low.narrow(0, begin, numel).copy_(self.master.narrow(0, begin, numel))
 
 
 class NonFiniteError(FloatingPointError):
@@ -80,6 +96,9 @@ class ShardedOptimizer(ZeROOptimizer):
                 self._where[segment.param] = (number, segment)
         self._swap_params()
         known = recognise(optimizer)
+        if (known is None or known[0] == "lamb") and any(s.is_split for s in self.slices):
+            raise ValueError(f"bf16.split_master: the update of {type(optimizer).__name__} does not go element by element in this library and needs "
+                             "whole fp32 masters: use Adam, AdamW, Lion, Adagrad or SGD, or set split_master to false")
         rest = managed.tiers.rest
         if rest is not None and (known is None or known[0] == "lamb"):
             raise ValueError(f"zero_optimization.offload_optimizer.device: the state of {type(optimizer).__name__} cannot rest elsewhere, since its "
@@ -117,6 +136,8 @@ class ShardedOptimizer(ZeROOptimizer):
             elif master is None:
                 store.make_master(flat)
                 master = store.master(flat)
+            if master.dtype == torch.int16:
+                master = SplitValues(low, master)
             mapped = store.in_file(flat) or store.shard_apart(flat) and hasattr(self.managed.tiers.parameter_rest, "folder")
             s = OptimizerSlice(flat, master, low, rests, mapped, apart)
             for index, offset, numel in info["slots"]:
@@ -378,8 +399,7 @@ class ShardedOptimizer(ZeROOptimizer):
                             own[key].copy_(value)
                         else:
                             own[key] = value.clone() if torch.is_tensor(value) else value
-                if s.low is not None:
-                    s.low.copy_(s.master)
+                s.refresh()
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             group.update(saved)
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
@@ -454,9 +474,7 @@ class ShardedOptimizer(ZeROOptimizer):
         entry = self._where.get(home_of(parameter).index)
         if entry is not None:
             number, segment = entry
-            s = self.slices[number]
-            if s.low is not None:
-                s.low.narrow(0, segment.begin, segment.numel).copy_(s.master.narrow(0, segment.begin, segment.numel))
+            self.slices[number].refresh(segment.begin, segment.numel)
         self._publish()
 
     def _publish(self):

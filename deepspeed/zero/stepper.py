@@ -73,7 +73,7 @@ class FusedStep:
         self.optimizer, self.slices, self.kind, self._decoupled_of = optimizer, slices, kind, decoupled_of
         self.native = lib().SliceOptimizer(kind, params, transport, rest)
         for s in slices:
-            self.native.add_slice(s.master, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments], s.rests, s.in_file, s.apart)
+            self.native.add_slice(s.beside, s.low, [(g.begin, g.numel, g.group, g.param) for g in s.segments], s.rests, s.in_file, s.apart)
         self.overwrites_gradients = kind == "lamb"
         self.steps = 0
         self._step_tensor = torch.zeros(())
@@ -201,8 +201,7 @@ class ClientStep:
         for s in self.slices:
             for segment in s.segments:
                 segment.parameter.grad = None
-            if s.low is not None:
-                lib().copy_scale(s.low, s.master, 1.0)
+            s.refresh()
 
     def has_state(self, param, key):
         """Whether the state exists; ranks agree as long as parameters have the same kinds of state."""

@@ -8,6 +8,7 @@ sharding the local gradient, too, is collective: it is the sum over the replicas
 import torch
 
 from deepspeed.zero.managed import home_of
+from deepspeed.zero.split_master import plain
 from deepspeed.zero.tensors import in_memory_order, shaped_like
 
 
@@ -17,11 +18,11 @@ def _optimizer_of(parameter):
 
 
 def _slice(parameter, kind, key=None):
-    """This rank's slice (1-D view), or None."""
+    """This rank's slice (a 1-D view, but for split masters), or None."""
     home, optimizer = _optimizer_of(parameter)
     if optimizer is None:
         return None
-    return optimizer.read_slice(parameter, kind, key)
+    return plain(optimizer.read_slice(parameter, kind, key))
 
 
 def _full(parameter, kind, key=None):
@@ -31,7 +32,7 @@ def _full(parameter, kind, key=None):
     mine = optimizer.read_slice(parameter, kind, key)
     if mine is None:
         return None
-    mine = mine.to(home.owner.device)   # also when it rests on the host
+    mine = plain(mine).to(home.owner.device)   # also when it rests on the host
     whole = home.owner.gather_slices(parameter, mine) if optimizer.slices_are_partial(kind) else mine.clone()
     home.owner.leave_files()
     return shaped_like(whole, parameter)

@@ -48,7 +48,9 @@ class Net(nn.Module):
 def config(stage, precision, accumulation=1, **zero):
     cfg = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation,
            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "zero_optimization": {"stage": stage, **zero}}
-    if precision != "fp32":
+    if precision == "split":
+        cfg["bf16"] = {"enabled": True, "split_master": True}
+    elif precision != "fp32":
         cfg[precision] = {"enabled": True}
     return cfg
 
@@ -86,7 +88,7 @@ def held_and_moved(cfg):
     return held, moved
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_bytes_by_kind_and_traffic(stage, precision):
     cfg = config(stage, precision, accumulation=2)
@@ -106,7 +108,7 @@ def held_by_tier(cfg):
     files = {"parameters": store["parameters_in_files"], "gradients": 0, "master_weights": 0, "optimizer_state": 0}
     for number, s in enumerate(engine.optimizer.slices):
         for kind, tensors in (("gradients", [managed.reducer.grad_slice(s.flat)]), ("optimizer_state", engine.optimizer.stepper.memory_of(number)),
-                              ("master_weights", [s.master] if s.low is not None else [])):
+                              ("master_weights", [s.beside] if s.low is not None else [])):
             files[kind] += sum(t.nbytes for t in tensors if managed.rests_elsewhere(t))
     staging = rest.buffer_bytes if rest is not None else 0
     held = held_bytes(engine.optimizer)
@@ -114,7 +116,7 @@ def held_by_tier(cfg):
     return held, files, staging
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 @pytest.mark.parametrize("stage, optimizer, parameters", [(1, {"ratio": 1.0}, None), (2, {"buffer_count": 3}, None), (3, {}, None), (3, {"ratio": 0.4}, None),
                                                           (3, None, {"max_in_cpu": 10**6}), (3, {}, {"max_in_cpu": 0})])
 def test_bytes_of_each_tier(stage, optimizer, parameters, precision, tmp_path):

@@ -47,7 +47,8 @@ void widen_split(const uint16_t* weight, const uint16_t* low, float* to, int64_t
   const auto vector = [&](int64_t i) HWY_ATTR {
     const auto high = hn::ShiftLeft<16>(hn::PromoteTo(Bits(), hn::LoadU(Half(), weight + i)));
     const auto rest = hn::PromoteTo(Int(), hn::BitCast(SignedHalf(), hn::LoadU(Half(), low + i)));
-    store_as(F32{}, hn::BitCast(FloatTag(), hn::Add(high, hn::BitCast(Bits(), rest))), to + i);
+    const V joined = hn::BitCast(FloatTag(), hn::Add(high, hn::BitCast(Bits(), rest)));
+    store_as(F32{}, hn::IfThenElse(hn::IsNaN(joined), hn::BitCast(FloatTag(), high), joined), to + i);
   };
   each_vector(n, vector, [&](int64_t i) { to[i] = join_split(weight[i], low[i]); });
 }

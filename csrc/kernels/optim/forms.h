@@ -3,7 +3,8 @@
 //
 // Note [split master]. A float32 master value is its weight, a bfloat16, and 16 low bits, an int16: bits = (weight << 16) + low. The weight
 // is the master rounded to nearest, ties away from zero: with ties to even, two masters would have the same 32 bits. So weight and master
-// together take 4 bytes and nothing is lost; a NaN stays one, with another payload.
+// together take 4 bytes and nothing is lost; a NaN stays one, with another payload. Somebody may have written the weight since: any low bits
+// give a value that rounds to it. Where they would make a NaN of one that is none (0 and negative low bits), the weight alone counts.
 //
 // Note [stochastic rounding]. A bfloat16 is the upper half of the float32 bits + r, with r uniform in [0, 2^16): the expected value is the
 // float32 value (Gupta et al. 2015). r of element i is half i mod 2 of word i / 2 that philox.h gives to (seed, offset = 4 draw). A value beyond
@@ -47,7 +48,8 @@ DS_HD float of_bits(uint32_t u) {
 DS_HD bool bits_are_nan(uint32_t u) { return (u & 0x7fffffffu) > kInfinityBits; }
 
 DS_HD float join_split(uint16_t weight, uint16_t low) {
-  return of_bits((uint32_t{weight} << 16) + static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low))));
+  const uint32_t u = (uint32_t{weight} << 16) + static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low)));
+  return of_bits(bits_are_nan(u) ? uint32_t{weight} << 16 : u);
 }
 DS_HD uint16_t split_weight(float x) {
   const uint32_t u = bits_of(x);

@@ -30,6 +30,8 @@ TEST(Rules, Combinations) {
       {"fp16: {enabled: true, fp16_master_weights_and_grads: true}", "needs zero_optimization.stage 1, 2 or 3, found 0"},
       {"bf16: {enabled: true, bf16_master_weights_and_grads: true}", "needs zero_optimization.stage 1, 2 or 3, found 0"},
       {"zero_optimization: {stage: 1}, bf16: {bf16_optimizer_states: true}", "needs bf16.bf16_master_weights_and_grads true"},
+      {"bf16: {split_master: true}", "bf16.split_master: found true; needs bf16.enabled true"},
+      {"fp16: {enabled: true}, bf16: {split_master: true}", "bf16.split_master: found true; needs bf16.enabled true"},
       {"zero_optimization: {stage: 2, offload_optimizer: {ratio: 0.5}}",
        "below 1 is allowed at stage 3 only; zero_optimization.stage is 2"},
       {"zero_optimization: {stage: 3, compute_grad_norm: false}", "allowed at stages 1 and 2 only; zero_optimization.stage is 3"},

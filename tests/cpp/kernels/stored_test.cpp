@@ -137,6 +137,25 @@ TEST(Stored, SplitMasterIsAFloat32Master) {
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
 }
 
+TEST(Stored, AnyLowBitsRoundToTheirWeight) {
+  std::vector<uint16_t> weights, lows;
+  for (uint32_t w = 0; w <= 0xffffu; ++w) {
+    if (bits_are_nan(w << 16)) continue;   // stays one
+    for (uint16_t low : {uint16_t{0}, uint16_t{1}, uint16_t{0x7fff}, uint16_t{0x8000}, uint16_t{0xffff}}) {
+      const float x = join_split(static_cast<uint16_t>(w), low);
+      ASSERT_FALSE(std::isnan(x)) << w << " " << low;
+      ASSERT_EQ(split_weight(x), w) << low;
+      weights.push_back(static_cast<uint16_t>(w));
+      lows.push_back(low);
+    }
+  }
+  std::vector<float> values(weights.size());
+  for_each_target([&](int64_t target) {
+    widen({Form::Split, weights.data(), lows.data()}, values.data(), static_cast<int64_t>(values.size()));
+    for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(bits_of(values[i]), bits_of(join_split(weights[i], lows[i]))) << hwy::TargetName(target);
+  });
+}
+
 TEST(Stored, SplitKeepsEveryValue) {
   for (uint64_t u = 0; u < (uint64_t{1} << 32); u += 977) {
     const float x = of_bits(static_cast<uint32_t>(u)), back = join_split(split_weight(x), split_low(x));

@@ -163,6 +163,29 @@ TEST(Offload, FilesOfRanksOnTheHost) {
   EXPECT_EQ(found.tiers.to_host + found.tiers.from_host, 0);
 }
 
+TEST(Offload, SplitMastersAreTwoBytesBesideTheWeights) {
+  const ModelSizes model = model_of(6, 4 * kMega, 4 * kMega, 2);   // as above
+  const int64_t n = 32 * kMega / 4, tile = int64_t{4} << 20;
+  const auto split = [&](int stage, Tier states, Tier params, bool on_host) {
+    Partition p = offloaded(stage, 4, states, params, on_host);
+    p.split_master = true;
+    return estimate(model, kBlocks, p);
+  };
+  Estimate found = split(3, Tier::Device, Tier::Device, true);
+  EXPECT_EQ(found.device.parameters + found.device.master_weights + found.device.optimizer_state, 12 * n);
+  found = split(3, Tier::File, Tier::File, true);
+  EXPECT_EQ(found.file.master_weights, 2 * n);
+  EXPECT_EQ(found.tiers.file_read + found.tiers.file_written, 20 * n);
+  EXPECT_EQ(found.tiers.mapped_read, 4 * n + 2 * 2 * n + 2 * n);   // the step reads the weights, too
+  EXPECT_EQ(found.device.staging, 4 * (2 * tile + tile / 2));
+  found = split(2, Tier::Host, Tier::Device, false);
+  EXPECT_EQ(found.tiers.from_host, 2 * n);
+  EXPECT_EQ(found.tiers.to_host, 2 * n + 2 * n);   // gradients, and the weights for the step
+  Partition p = offloaded(3, 4, Tier::Host, Tier::Device, false);
+  p.split_master = true;
+  EXPECT_EQ(estimate(model_of(6, kMega, kMega, 4), kBlocks, p).host.master_weights, 4 * 8 * kMega / 4);   // fp32 parameters are not split
+}
+
 TEST(Offload, TilesAreAsManyAsThereAreAndAtLeastThreeBuffers) {
   Partition p = offloaded(2, 4, Tier::File, Tier::Device, true);
   const ModelSizes model = model_of(1, 4 * kMega, 64 * 4, 2);   // tiles: one of 4 MiB an array and two of a page
