@@ -18,6 +18,7 @@ from deepspeed.telemetry import logger
 from deepspeed.zero.split_master import plain
 
 _CHUNK_BYTES = 16 << 20          # of a device's memory on its way through the host, for each writer
+_MADE_BYTES = 4 << 20            # of values that are made to be written, for each writer
 _RESTING_BYTES = 32 << 20        # of files that values rest in, in memory at a time for each writer
 _MOST_WRITERS = 4
 _OVERHEAD_BYTES = 64 << 10       # of a file: its header, the rest of its last block
@@ -106,7 +107,7 @@ def byte_views(piece):
     if piece.on_host:
         yield data.view(torch.uint8).numpy()
         return
-    step = _CHUNK_BYTES // data.element_size()
+    step = (_MADE_BYTES if data.device.type == "cpu" else _CHUNK_BYTES) // data.element_size()
     for begin in range(0, data.numel(), step):
         yield plain(data[begin:begin + step]).cpu().view(torch.uint8).numpy()
 

@@ -374,10 +374,10 @@ def test_twelve_bytes_a_parameter(stage):
 
 @on_ranks(1)
 def test_saving_and_loading_make_fp32_values_bit_by_bit(tmp_path):
-    """24 M parameters: their fp32 values are 96 MB."""
-    engine = stepped(2, 2048, 6)
+    """42 M parameters: their fp32 values are 160 MiB."""
+    engine = stepped(2, 2048, 10)
     for work in (engine.save_checkpoint, engine.load_checkpoint):
         work(str(tmp_path / "first"))
         grown = growth(lambda: work(str(tmp_path / "saved" if work == engine.save_checkpoint else tmp_path / "first")))
-        assert grown < 80 << 20, f"{work.__name__}: {grown >> 20} MiB"
+        assert grown < 112 << 20, f"{work.__name__}: {grown >> 20} MiB"
     engine.destroy()

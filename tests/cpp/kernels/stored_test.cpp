@@ -150,10 +150,14 @@ TEST(Stored, AnyLowBitsRoundToTheirWeight) {
     }
   }
   std::vector<float> values(weights.size());
-  for_each_target([&](int64_t target) {
+  for (int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
     widen({Form::Split, weights.data(), lows.data()}, values.data(), static_cast<int64_t>(values.size()));
     for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(bits_of(values[i]), bits_of(join_split(weights[i], lows[i]))) << hwy::TargetName(target);
-  });
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
 }
 
 TEST(Stored, SplitKeepsEveryValue) {
