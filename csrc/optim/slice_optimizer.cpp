@@ -255,6 +255,7 @@ void SliceOptimizer::compute_ahead(const std::vector<Speculation::Ready>& slices
     OwnedSlice view = tile_of(slices_[i], begin, tile);
     const at::Tensor weights = ahead_[i].narrow(0, begin, view.master.numel()), part_grad = grad.narrow(0, begin, view.master.numel());
     if (view.low.defined()) {
+      if (is_split(view.master)) weights.copy_(view.low);
       view.low = weights;
     } else {
       view.master = weights.copy_(view.master);

@@ -35,8 +35,8 @@ def places(optimizer):
         rows += [("master weights", sum(s.beside.nbytes for s in slices if s.low is not None), place),
                  ("optimizer states", 4 * trained * states, place), ("gradient slices", 4 * trained, place)]
         if rests and tiers.speculates:   # the same once more, and the weights
-            rows.append(("updates in advance", sum(4 * s.master.numel() * (states + (s.low is not None)) +
-                                                   (s.master if s.low is None else s.low).nbytes for s in slices), place))
+            rows.append(("updates in advance", sum(4 * s.master.numel() * states + s.beside.nbytes + (0 if s.low is None else s.low.nbytes)
+                                                   for s in slices), place))
     if managed.shards_params:
         units = sorted((sum(managed.store.full_bytes(flat) for flat in managed.store.unit_flats(unit)) for unit in range(managed.store.units)
                         if not managed.store.is_persistent(unit)), reverse=True)

@@ -19,12 +19,13 @@ class SplitValues(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, weights, low_bits, shape=None, stride=None):
-        """weights: bfloat16, low_bits: int16, both [numel] in the order of memory of a dense tensor of this shape and these strides."""
+    def __new__(cls, weights, low_bits, shape=None, stride=None, whole=None):
+        """weights: bfloat16, low_bits: int16, both [numel] in the order of memory of a dense tensor of this shape and these strides. whole: the
+        tensors they were cut from in here, where torch does not note that parts are views."""
         shape = tuple(weights.shape) if shape is None else tuple(shape)
         stride = torch.empty(shape, device="meta").stride() if stride is None else tuple(stride)
         self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=stride, dtype=torch.float32, device=low_bits.device)
-        self.weights, self.low_bits = weights, low_bits
+        self.weights, self.low_bits, self._whole = weights, low_bits, whole or (weights, low_bits)
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -46,12 +47,17 @@ class SplitValues(torch.Tensor):
             values = torch.empty_strided(self.shape, self.stride(), dtype=values.dtype, device=values.device).copy_(values)
             values = torch.as_strided(values, (values.numel(),), (1,), values.storage_offset())
         lib().write_split(values, self.weights, self.low_bits)
+        self.mark_written()
+
+    def mark_written(self):
+        """The versions of the tensors that others hold tell that their values have changed."""
+        torch.autograd.graph.increment_version(self._whole)
 
     def _part(self, begin, end):
-        return SplitValues(self.weights[begin:end], self.low_bits[begin:end])
+        return SplitValues(self.weights[begin:end], self.low_bits[begin:end], whole=self._whole)
 
     def _shaped(self, shape, stride=None):
-        return SplitValues(self.weights, self.low_bits, shape, stride)
+        return SplitValues(self.weights, self.low_bits, shape, stride, self._whole)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -153,3 +159,4 @@ def follow(master, written, before=None):
     kept = (written == rounded) | (written == before)
     master.low_bits.masked_fill_(~kept, 0)
     master.weights.copy_(torch.where(kept, before, written))
+    master.mark_written()

@@ -16,6 +16,7 @@ from tests.parity.training import transport
 
 WIDTH = 65
 BF16 = {"bf16": {"enabled": True}}
+OF_PRECISION = {"fp32": {}, "bf16": BF16, "split": {"bf16": {"enabled": True, "split_master": True}}}
 
 
 def ahead(folder, parameters=False):
@@ -53,11 +54,11 @@ def same(got, want):
     assert want[3] == 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", OF_PRECISION)
 @pytest.mark.parametrize("stage,parameters", [(1, False), (2, False), (3, False), (3, True)])
 @on_ranks(2)
 def test_the_same_bits(stage, parameters, precision, tmp_path):
-    settings = BF16 if precision == "bf16" else {}
+    settings = OF_PRECISION[precision]
     want = trained(stage, {}, steps=50, gradient_clipping=120.0, **settings)   # about half of the steps are clipped
     got = trained(stage, ahead(tmp_path, parameters), steps=50, gradient_clipping=120.0, **settings)
     same(got, want)
@@ -68,7 +69,7 @@ def _apart(stage, where, precision, folder):
     from deepspeed.engine import build
     kinds = {"host": lambda: lib().HostRest(False, 4096, True),
              "files": lambda: lib().FileRest(str(folder), 3, 4096, 4096, 4, 2, apart=True, second_places=True)}
-    settings = BF16 if precision == "bf16" else {}
+    settings = OF_PRECISION[precision]
     with transport("c10d"):
         want = trained(stage, {}, **settings)
         usual = build.tiers_of
@@ -81,7 +82,7 @@ def _apart(stage, where, precision, folder):
     assert got[3] == 11 / 12   # the first step has no states yet
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", OF_PRECISION)
 @pytest.mark.parametrize("stage,where", [(1, "host"), (2, "files"), (3, "host")])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_the_host_of_a_device(ranks, stage, where, precision, tmp_path):
@@ -139,11 +140,11 @@ def _start_again(engine, step):
 BETWEEN = [_learning_rate, _weight, _weight_in_place, _state, _state_through_torch, _gradient, _another_backward, _start_again]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", OF_PRECISION)
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__.strip("_"))
 @on_ranks(2)
 def test_what_changes_between_backward_and_step_counts(between, precision, tmp_path):
-    settings = BF16 if precision == "bf16" else {}
+    settings = OF_PRECISION[precision]
     same(trained(3, ahead(tmp_path, True), 6, between, **settings), trained(3, {}, 6, between, **settings))
 
 

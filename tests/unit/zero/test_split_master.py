@@ -69,8 +69,11 @@ def test_writes_reach_both_halves(values):
     assert torch.equal(part.made(), want)
     part.copy_(torch.tensor(0.3))
     assert torch.equal(part.made(), torch.full((40,), 0.3))
-    part.copy_(split_of(small))
+    versions = part.weights._version, part.low_bits._version
+    part[3:].copy_(split_of(small[3:]))
+    part[:3].copy_(small[:3])
     assert torch.equal(part.made(), small)
+    assert part.weights._version > versions[0] and part.low_bits._version > versions[1]
 
 
 def test_as_a_parameter_of_any_layout():
@@ -107,14 +110,14 @@ def test_followers_keep_the_digits_of_what_nobody_has_written():
     for rounded in (value.to(torch.bfloat16), split_of(value).weights.clone()):
         split, whole = split_of(value), value.clone()
         written = rounded.clone()
-        written[::7] = 0.25
+        written[::7] = 100.0
         follow(split, written)
         want = value.clone()
-        want[::7] = 0.25
+        want[::7] = 100.0
         assert torch.equal(split.made(), want)
     before = split_of(value)
     split = SplitValues(before.weights.clone(), before.low_bits)
-    split.weights[::7] = 0.25   # where the weights themselves have been written over
+    split.weights[::7] = 100.0   # where the weights themselves have been written over
     follow(split, split.weights.clone(), before.weights)
     assert torch.equal(split.made(), want)
     follow(whole, value.to(torch.bfloat16))
