@@ -16,20 +16,33 @@ std::vector<uint32_t> versions_of(const std::vector<at::Tensor>& tensors) {
 
 void Speculation::foresee(Foreseen step) {
   drop();
-  step_ = std::move(step);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  step_ = std::make_shared<const Foreseen>(std::move(step));
 }
 
+// First nothing more can begin, whoever still announces slices of a backward that was broken off.
 void Speculation::drop() {
+  std::vector<Ready> ready;   // destroyed without the lock, as what has begun
+  std::map<size_t, Begun> begun;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    step_.reset();
+    ready.swap(ready_);
+    begun.swap(begun_);
+  }
   worker_.drop();
+}
+
+bool Speculation::active() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  ready_.clear();
-  begun_.clear();
-  step_.reset();
+  return step_ != nullptr;
 }
 
 void Speculation::begin(const Ready& ready, std::vector<at::Tensor> sources) {
+  sources.push_back(ready.grad);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (step_ == nullptr) return;
     std::vector<uint32_t> versions = versions_of(sources);
     begun_[ready.slice] = {std::move(sources), std::move(versions)};
     ready_.push_back(ready);
@@ -39,11 +52,13 @@ void Speculation::begin(const Ready& ready, std::vector<at::Tensor> sources) {
 
 void Speculation::work() {
   std::vector<Ready> ready;
+  std::shared_ptr<const Foreseen> step;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ready.swap(ready_);
+    step = step_;
   }
-  if (!ready.empty()) work_(ready, *step_);   // else an earlier task has taken it along
+  if (!ready.empty()) work_(ready, *step);   // else an earlier task has taken it along
 }
 
 void Speculation::revoke(size_t slice) {
@@ -53,14 +68,12 @@ void Speculation::revoke(size_t slice) {
 
 std::vector<size_t> Speculation::settle(const std::vector<Hyper>& groups, float grad_scale) {
   std::vector<size_t> holding;
-  if (!step_) return holding;
-  if (step_->grad_scale != grad_scale || step_->groups != groups) {
-    drop();
-    return holding;
-  }
-  wait();
-  for (const auto& [slice, begun] : begun_) {
-    if (versions_of(begun.sources) == begun.versions) holding.push_back(slice);
+  if (!active()) return holding;
+  if (step_->grad_scale == grad_scale && step_->groups == groups) {
+    wait();
+    for (const auto& [slice, begun] : begun_) {
+      if (versions_of(begun.sources) == begun.versions) holding.push_back(slice);
+    }
   }
   drop();
   return holding;

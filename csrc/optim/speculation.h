@@ -14,8 +14,8 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -45,9 +45,10 @@ class Speculation {
   // Forgets what came before.
   void foresee(Foreseen step);
   void drop();
-  bool active() const { return step_.has_value(); }
+  bool active() const;
 
-  // The result holds as long as nobody writes to `sources` through torch, and until it is revoked. From any thread.
+  // The result holds as long as nobody writes to `sources` or the gradient through torch, and until it is revoked. Nothing happens while no step is
+  // foreseen. From any thread.
   void begin(const Ready& ready, std::vector<at::Tensor> sources);
   void revoke(size_t slice);
 
@@ -65,8 +66,8 @@ class Speculation {
   void work();
 
   const Work work_;
-  std::mutex mutex_;
-  std::optional<Foreseen> step_;
+  mutable std::mutex mutex_;
+  std::shared_ptr<const Foreseen> step_;   // null: none
   std::vector<Ready> ready_;   // those whose work has not begun
   std::map<size_t, Begun> begun_;
   platform::Worker worker_;   // the last member: its tasks use the others

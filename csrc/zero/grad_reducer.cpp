@@ -454,8 +454,10 @@ void GradReducer::zero() {
   std::lock_guard<std::recursive_mutex> lock(mutex_);
   if (host_sums_) host_sums_->drop();   // of a round that was broken off
   final_ = false;
-  for (FlatState& s : flats_) {
-    s.has_grad = s.edited = s.told = false;
+  for (size_t f = 0; f < flats_.size(); ++f) {
+    FlatState& s = flats_[f];
+    note_changed(static_cast<int>(f));
+    s.has_grad = s.edited = false;
     s.carry = at::Tensor();
     std::fill(s.required.begin(), s.required.end(), 0);
   }

@@ -25,7 +25,7 @@ class HostSums {
   // `bytes` bytes at each of srcs, on the device, enqueued to be copied on its current stream; then `add`, on the thread, in the order of the calls.
   // may_wait: only a few are on their way at a time; otherwise as many as there are.
   void send(const void* const* srcs, int nsrc, int64_t bytes, bool may_wait, Add add);
-  // Returns when all have been added; throws what `add` has thrown.
+  // Returns when all have been added; throws what `add` has thrown, each time until drop().
   void drain() { worker_.drain(); }
   // Forgets those that have not begun to be added.
   void drop() { worker_.drop(); }

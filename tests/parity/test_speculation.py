@@ -137,7 +137,24 @@ def _start_again(engine, step):
     _another_backward(engine, step)
 
 
-BETWEEN = [_learning_rate, _weight, _weight_in_place, _state, _state_through_torch, _gradient, _another_backward, _start_again]
+def _start_again_without_the_engine(engine, step):
+    engine.zero_grad()
+    engine(batch(100 + step, width=WIDTH).to(engine.get_data_types()[0])).backward()
+
+
+def _no_gradient(engine, step):
+    if step % 3 == 1:
+        engine.optimizer.zero_grad()
+
+
+def _gradient_through_torch(engine, step):
+    reducer = engine._managed.reducer
+    for s in engine.optimizer.slices:
+        reducer.grad_slice(s.flat).mul_(0.5)
+
+
+BETWEEN = [_learning_rate, _weight, _weight_in_place, _state, _state_through_torch, _gradient, _another_backward, _start_again,
+           _start_again_without_the_engine, _no_gradient, _gradient_through_torch]
 
 
 @pytest.mark.parametrize("precision", OF_PRECISION)
@@ -182,6 +199,20 @@ def test_the_same_bits_with(case, tmp_path):
         results.append(trained(3, zero, 12, between, **settings))
     same(*results)
     assert results[0][3] > 0
+
+
+@pytest.mark.parametrize("what", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=["without_states", "module_only"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@on_ranks(2)
+def test_loaded_weights_between_backward_and_step(precision, what, tmp_path):
+    def between(engine, step):
+        if step == 1:
+            engine.save_checkpoint(str(tmp_path / "saved"), tag="one")
+        elif step == 3:
+            engine.load_checkpoint(str(tmp_path / "saved"), tag="one", **what)
+
+    settings = BF16 if precision == "bf16" else {}
+    same(trained(3, ahead(tmp_path), 5, between, **settings), trained(3, {}, 5, between, **settings))
 
 
 @on_ranks(2)
