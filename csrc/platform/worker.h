@@ -7,13 +7,15 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 
 namespace ds::platform {
 
-// Does what it is given, in order. The thread starts with the first task. After a task has thrown, those behind it are dropped until drain()
-// or drop(). Not for use across a fork.
+// Does what it is given, in order. The thread starts with the first task. After a task has thrown, those behind it are dropped until drop(): what they
+// would have made is missing. A process forked from the owner's may destroy it,
+// nothing else.
 class Worker {
  public:
   Worker() = default;
@@ -24,20 +26,24 @@ class Worker {
   void submit(std::function<void()> task);
   // Returns when fewer than `most` tasks are left, the one under way included.
   void wait_below(size_t most);
-  // Returns when nothing is left, and throws what a task has thrown.
+  // Returns when nothing is left, and throws what a task has thrown, each time until drop().
   void drain();
   // Forgets what has not begun, waits for what has; errors are forgotten too.
   void drop();
 
  private:
-  void work();
+  struct State {
+    std::mutex mutex;
+    std::condition_variable wake, less;
+    std::deque<std::function<void()>> tasks;   // the first one is under way
+    std::exception_ptr error;
+    bool stop = false;
+  };
+  static void work(State& s);
 
-  std::mutex mutex_;
-  std::condition_variable wake_, less_;
-  std::deque<std::function<void()>> tasks_;   // the first one is under way
-  std::exception_ptr error_;
-  bool stop_ = false;
+  std::unique_ptr<State> state_ = std::make_unique<State>();
   std::thread thread_;
+  int process_ = 0;   // whose thread it is
 };
 
 }  // namespace ds::platform

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -257,20 +258,41 @@ TEST(Worker, DoesAllInOrder) {
   for (int i = 0; i < 1000; ++i) EXPECT_EQ(seen[i], i);
 }
 
-TEST(Worker, AnErrorDropsWhatFollowsAndIsToldOnce) {
+TEST(Worker, AnErrorDropsWhatFollowsAndIsToldUntilDrop) {
   Worker worker;
   std::atomic<int> later{0};
   worker.submit([] { throw std::runtime_error("no"); });
   worker.wait_below(1);
   worker.submit([&] { ++later; });
   EXPECT_THROW(worker.drain(), std::runtime_error);
+  worker.submit([&] { ++later; });
+  EXPECT_THROW(worker.drain(), std::runtime_error);
   EXPECT_EQ(later, 0);
+  worker.drop();
   worker.submit([&] { ++later; });
   worker.drain();
   EXPECT_EQ(later, 1);
-  worker.submit([] { throw std::runtime_error("no"); });
-  worker.drop();
-  worker.drain();
+}
+
+TEST(Worker, AForkCanDestroyIt) {
+  auto worker = std::make_unique<Worker>();
+  std::promise<void> begun, go_on;
+  worker->submit([&] {
+    begun.set_value();
+    go_on.get_future().wait();
+  });
+  begun.get_future().wait();
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(10);   // instead of a hang
+    worker.reset();
+    _exit(0);
+  }
+  int status = 1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  go_on.set_value();
+  worker->drain();
 }
 
 TEST(Worker, DropWaitsForWhatIsUnderWayOnly) {
