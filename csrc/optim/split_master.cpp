@@ -24,7 +24,10 @@ void check(const at::Tensor& t, const char* name, at::ScalarType dtype, int64_t 
   DS_CHECK_VALUE(t.dim() == 1 && t.is_contiguous() && t.numel() == numel && t.scalar_type() == dtype,
                  name << " must be contiguous and one-dimensional, " << numel << " elements of " << c10::toString(dtype) << ", not "
                       << c10::toString(t.scalar_type()) << " " << t.sizes());
-  if (!t.is_cuda()) require_cpu(t.device());
+#ifdef DS_WITH_CUDA
+  if (t.is_cuda()) return;
+#endif
+  require_cpu(t.device());
 }
 
 Stored split_array(const at::Tensor& weights, const at::Tensor& low_bits) { return {Form::Split, weights.data_ptr(), low_bits.data_ptr()}; }

@@ -18,7 +18,7 @@ import json, sys, torch, deepspeed
 from tests.parity.tiny import batch, config, engine_of, tiny, whole
 zero, stage, precision, out, clip = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], float(sys.argv[5])
 deepspeed.init_distributed()
-settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+settings = {} if precision == "fp32" else {"bf16": {"enabled": True, "split_master": precision == "split"}}
 engine = engine_of(tiny(width=1024, layers=16), config(stage, zero=zero, gradient_clipping=clip, gradient_accumulation_steps=2, **settings))
 dtype = engine.get_data_types()[0]
 losses = []
@@ -43,7 +43,7 @@ def trained(zero, stage, precision, folder, clip=0.5):
     return torch.load(out)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 @pytest.mark.parametrize("stage,parameters", [(1, False), (2, False), (3, False), (3, True)])
 def test_host_and_files(stage, parameters, precision, tmp_path):
     def asked(device):
@@ -54,17 +54,17 @@ def test_host_and_files(stage, parameters, precision, tmp_path):
     host = trained(asked("cpu"), stage, precision, tmp_path)
     files = trained(asked("nvme"), stage, precision, tmp_path)
     assert host["losses"] == files["losses"]
-    tolerance = 2**-7 if precision == "bf16" else 1e-5
+    tolerance = 1e-5 if precision == "fp32" else 2**-7
     for name, value in host["values"].items():
         assert torch.equal(value, files["values"][name]), name
         torch.testing.assert_close(value.float(), plain["values"][name].float(), rtol=tolerance, atol=tolerance * 1e-2)
     numel = sum(v.numel() for v in plain["values"].values())
     # Master weights (where they are not the weights) and two states have left, and with the parameters what is not in use of them.
-    state = 8 + (4 if precision == "bf16" else 0) + ((4 if precision == "fp32" else 2) * 0.5 if parameters else 0)
+    state = 8 + {"fp32": 0, "bf16": 4, "split": 2}[precision] + ((4 if precision == "fp32" else 2) * 0.5 if parameters else 0)
     assert plain["held"] - host["held"] > 0.9 * state * numel
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 @pytest.mark.parametrize("stage,device", [(2, "cpu"), (3, "cpu"), (3, "nvme")])
 def test_updates_beside_backward(stage, device, precision, tmp_path):
     section = {"device": device, "nvme_path": str(tmp_path / "state")}
