@@ -113,6 +113,26 @@ def test_the_same_bits_with(case, stage):
     same(found[1], found[0])
 
 
+@on_ranks(2)
+def test_hybrid_sharding():
+    compare(3, zero={"zero_hpz_partition_size": 1})
+
+
+@pytest.mark.parametrize("files", [False, True])
+@on_ranks(2)
+def test_built_under_init(files, tmp_path):
+    found = []
+    for split in (False, True):
+        cfg = settings(split, 3, on_files(tmp_path, True, True) if files else None)
+        with deepspeed.zero.Init(config_dict_or_path=cfg):
+            model = tiny(width=WIDTH)
+        engine = engine_of(model, cfg)
+        settle(engine)
+        found.append(results(engine, 5))
+        engine.destroy()
+    same(found[1], found[0])
+
+
 @pytest.mark.parametrize("optimizer", [{"type": "Adam", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}},
                                        {"type": "Lion", "params": {"lr": 1e-2, "weight_decay": 0.1}}, {"type": "Adagrad", "params": {"lr": 1e-2}},
                                        {"type": "SGD", "params": {"lr": 1e-2}},
