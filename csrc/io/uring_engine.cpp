@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "io/kernel_order.h"
 #include "io/uring.h"
 
 namespace ds::io {
@@ -103,6 +104,7 @@ class UringEngine final : public FileEngine {
     }
     if (known_file) io_uring_sqe_set_flags(entry, IOSQE_FIXED_FILE);
     io_uring_sqe_set_data(entry, chunk);
+    given_to_kernel(chunk);
     ++counts_.chunks;
     counts_.known_buffer += buffer >= 0;
     counts_.known_file += known_file;
@@ -146,6 +148,10 @@ class UringEngine final : public FileEngine {
       else answers.emplace_back(chunk, entries[i]->res);
     }
     io_uring_cq_advance(uring_->ring(), count);
+    for (const auto& [chunk, result] : answers) {
+      taken_back(chunk);
+      if (result > 0) kernel_accessed(chunk->data, static_cast<size_t>(result), /*wrote=*/!chunk->is_write());
+    }
     if (faults_) {
       for (auto& [chunk, result] : answers) result = faults_->answer(*chunk, result);
     }
