@@ -66,14 +66,18 @@ void bind_plan(py::module_& m) {
       .value("none", Tier::Device)
       .value("cpu", Tier::Host)
       .value("nvme", Tier::File);
+  py::class_<StepTiles>(m, "StepTiles", "In which a step takes arrays that rest in files through memory; see csrc/plan/reserve.h.")
+      .def_readonly("tile_bytes", &StepTiles::tile_bytes)
+      .def_readonly("buffers", &StepTiles::buffers);
+  m.def("step_tiles", &step_tiles, py::arg("buffer_count"), py::arg("block_bytes"));
+  m.attr("HOST_TILE_BYTES") = kHostTileBytes;
   py::class_<Offload>(m, "Offload", "What rests where; see csrc/plan/memory.h.")
       .def(py::init<>())
       .def_readwrite("states", &Offload::states)
       .def_readwrite("params", &Offload::params)
       .def_readwrite("states_share", &Offload::states_share)
       .def_readwrite("params_in_memory", &Offload::params_in_memory)
-      .def_readwrite("buffers", &Offload::buffers)
-      .def_readwrite("tile_bytes", &Offload::tile_bytes);
+      .def_readwrite("tiles", &Offload::tiles);
   py::class_<Partition>(m, "Partition", "What is divided among whom; see csrc/plan/memory.h.")
       .def(py::init<>())
       .def_readwrite("ranks", &Partition::ranks)

@@ -7,11 +7,11 @@
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "plan/reserve.h"
 
 namespace ds::offload {
 namespace {
 constexpr int64_t kPage = static_cast<int64_t>(platform::kPageBytes);
-constexpr int kFewestBuffers = 3;   // one read, one worked on, one written
 }  // namespace
 
 struct TileStream::Tile {
@@ -43,7 +43,7 @@ struct TileStream::Slot {
 TileStream::TileStream(io::FileEngine& engine, const StreamOptions& options) : engine_(engine), options_(options) {
   DS_CHECK_VALUE(options.tile_bytes >= kPage && options.tile_bytes % kPage == 0,
                  "tile_bytes must be a positive multiple of " << kPage << ", got " << options.tile_bytes);
-  DS_CHECK_VALUE(options.buffers >= kFewestBuffers, "buffers must be at least " << kFewestBuffers << ", got " << options.buffers);
+  DS_CHECK_VALUE(options.buffers >= plan::kFewestTiles, "buffers must be at least " << plan::kFewestTiles << ", got " << options.buffers);
 }
 
 std::vector<TileStream::Tile> TileStream::cut(const std::vector<StreamJob>& jobs) const {
@@ -62,14 +62,11 @@ std::vector<TileStream::Tile> TileStream::cut(const std::vector<StreamJob>& jobs
   return tiles;
 }
 
-void TileStream::make_room(size_t slots, size_t slot_bytes) {
-  memory_.resize(std::max(memory_.size(), slots));
-  for (Memory& m : memory_) {
-    if (m.buffer.bytes() >= slot_bytes) continue;
-    m.known.reset();
-    m.buffer = platform::Buffer(slot_bytes);
-    m.known = engine_.register_buffer(m.buffer.data(), static_cast<int64_t>(slot_bytes));
-  }
+void TileStream::make_room(size_t bytes) {
+  if (memory_.bytes() >= bytes) return;
+  known_.reset();
+  memory_ = platform::Buffer(bytes);
+  known_ = engine_.register_buffer(memory_.data(), static_cast<int64_t>(bytes));
 }
 
 void TileStream::run(const std::shared_ptr<io::EngineFile>& file, const std::vector<StreamJob>& jobs, const Work& work) {
@@ -84,7 +81,7 @@ void TileStream::run(const std::shared_ptr<io::EngineFile>& file, const std::vec
     slot_bytes = std::max(slot_bytes, static_cast<size_t>(sum));
   }
   const size_t count = std::min(tiles.size(), static_cast<size_t>(options_.buffers));
-  make_room(count, slot_bytes);
+  make_room(count * slot_bytes);
 
   std::vector<Slot> slots(count);
   // Half of the slots read ahead, so that a slot's writes have had time when it is read into again.
@@ -94,7 +91,7 @@ void TileStream::run(const std::shared_ptr<io::EngineFile>& file, const std::vec
     Slot& slot = slots[number % count];
     slot.wait();
     slot.data.clear();
-    auto* at = static_cast<char*>(memory_[number % count].buffer.data());
+    auto* at = static_cast<char*>(memory_.data()) + number % count * slot_bytes;
     std::vector<io::Transfer> reads;
     for (const StreamArray& a : jobs[t.job].arrays) {
       const int64_t bytes = bytes_of(t, a);
@@ -129,12 +126,6 @@ void TileStream::run(const std::shared_ptr<io::EngineFile>& file, const std::vec
     for (Slot& slot : slots) slot.settle();
     throw;
   }
-}
-
-int64_t TileStream::buffer_bytes() const {
-  int64_t total = 0;
-  for (const Memory& m : memory_) total += static_cast<int64_t>(m.buffer.bytes());
-  return total;
 }
 
 }  // namespace ds::offload

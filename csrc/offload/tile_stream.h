@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Passes over arrays that rest in a file, tile by tile, in three stages: tiles ahead are read, one is worked on, those behind are written.
 // Memory: `buffers` tiles, whatever the arrays' size. Bytes moved: each array once in, and once out where it is written.
+// A disk that reads and writes at once is kept busier by many small tiles than by few large ones of the same memory: a tile's memory is read into
+// again when all of it has been written, so the pauses are as long as a tile is large.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +16,8 @@
 namespace ds::offload {
 
 struct StreamOptions {
-  int64_t tile_bytes = int64_t{4} << 20;   // of one array
-  int buffers = 4;                         // tiles in memory at a time
+  int64_t tile_bytes = int64_t{1} << 20;   // of one array
+  int buffers = 16;                        // tiles in memory at a time
 };
 
 // One array: where it begins in the file, aligned to a page, as is its end (what lies behind it up to the next page is its own).
@@ -44,23 +46,19 @@ class TileStream {
   // hold some tiles of before and some of after.
   void run(const std::shared_ptr<io::EngineFile>& file, const std::vector<StreamJob>& jobs, const Work& work);
 
-  int64_t buffer_bytes() const;   // held between runs
+  int64_t buffer_bytes() const { return static_cast<int64_t>(memory_.bytes()); }   // held between runs
 
  private:
   struct Tile;
   struct Slot;
   std::vector<Tile> cut(const std::vector<StreamJob>& jobs) const;
 
-  void make_room(size_t slots, size_t slot_bytes);
+  void make_room(size_t bytes);
 
   io::FileEngine& engine_;
   const StreamOptions options_;
-  // One a slot, made at the first run, and known to the engine.
-  struct Memory {
-    platform::Buffer buffer;
-    std::unique_ptr<io::KnownBuffer> known;   // goes before the buffer
-  };
-  std::vector<Memory> memory_;
+  platform::Buffer memory_;                  // of all slots, made at the first run
+  std::unique_ptr<io::KnownBuffer> known_;   // to the engine; goes before the memory
 };
 
 }  // namespace ds::offload

@@ -11,6 +11,7 @@
 #include "optim/device_ops.h"
 #include "optim/long_lived.h"
 #include "optim/split_master.h"
+#include "plan/reserve.h"
 #include "platform/memory.h"
 
 namespace ds::optim {
@@ -287,7 +288,7 @@ void SliceOptimizer::take_ahead(size_t i) {
 void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad,
                                  float grad_scale) {
   const at::Tensor remote = view.low;
-  if (!uploads_) uploads_ = std::make_unique<StagingRing>(remote.device(), rest_->pinned(), 2);
+  if (!uploads_) uploads_ = std::make_unique<StagingRing>(remote.device(), rest_->pinned(), plan::kWeightBuffers);
   StagingBuffer& buffer = uploads_->take();
   view.low = buffer.memory(static_cast<int64_t>(remote.nbytes())).view(remote.scalar_type());
   if (is_split(view.master)) {   // half of the values is there
@@ -299,7 +300,7 @@ void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Segment>& r
 }
 
 void SliceOptimizer::upload(const OwnedSlice& slice, const std::vector<Segment>& runs, const at::Tensor& values) {
-  if (!uploads_) uploads_ = std::make_unique<StagingRing>(slice.low.device(), rest_->pinned(), 2);
+  if (!uploads_) uploads_ = std::make_unique<StagingRing>(slice.low.device(), rest_->pinned(), plan::kWeightBuffers);
   for (const Segment& run : runs) uploads_->send(part(slice.low, run), part(values, run));
 }
 

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "plan/reserve.h"
+
 namespace ds::optim {
 
 at::Tensor StagingBuffer::memory(int64_t bytes) {
@@ -34,8 +36,7 @@ StagingBuffer& StagingRing::take() {
 }
 
 void StagingRing::send(const at::Tensor& dst, const at::Tensor& src) {
-  constexpr int64_t kPieceBytes = int64_t{16} << 20;
-  const int64_t element = static_cast<int64_t>(src.element_size()), most = kPieceBytes / element;
+  const int64_t element = static_cast<int64_t>(src.element_size()), most = plan::kShardPieceBytes / element;
   for (int64_t begin = 0; begin < src.numel(); begin += most) {
     const int64_t numel = std::min(most, src.numel() - begin);
     StagingBuffer& buffer = take();

@@ -14,7 +14,6 @@ namespace ds::plan {
 namespace {
 
 constexpr int64_t kFloatBytes = 4;
-constexpr int kFewestTiles = 3;   // one read, one worked on, one written
 
 struct FlatSize {
   FlatLayout layout;
@@ -193,7 +192,7 @@ int64_t streamed_bytes(const FlatSize& flat, const Partition& p) { return p.stat
 
 // Memory of the step's tiles over states in files.
 int64_t tile_memory(const std::vector<UnitSize>& units, const Partition& p) {
-  const int64_t most = p.offload.tile_bytes / kFloatBytes;
+  const int64_t most = p.offload.tiles.tile_bytes / kFloatBytes;
   int64_t tiles = 0, slot = 0;
   for (const UnitSize& unit : units) {
     for (const FlatSize& flat : unit.flats) {
@@ -203,24 +202,25 @@ int64_t tile_memory(const std::vector<UnitSize>& units, const Partition& p) {
       slot = std::max(slot, p.states * pages(kFloatBytes) + pages(master_bytes(flat, p)));
     }
   }
-  return std::min<int64_t>(tiles, p.offload.buffers) * slot;
+  return std::min<int64_t>(tiles, p.offload.tiles.buffers) * slot;
 }
 
 // Rings that values pass through between an accelerator and the host.
 int64_t ring_memory(const std::vector<UnitSize>& units, const Partition& p) {
-  constexpr int64_t kDownloads = 4, kUploads = 2, kShardUploads = 3, kPieceBytes = int64_t{16} << 20;
   int64_t down = 0, up = 0, shards = 0;
   for (const UnitSize& unit : units) {
     for (const FlatSize& flat : unit.flats) {
-      if (flat.params != Tier::Device) shards = std::max(shards, std::min(flat.shard_bytes(), kPieceBytes));
+      if (flat.params != Tier::Device) shards = std::max(shards, std::min(flat.shard_bytes(), kShardPieceBytes));
       if (!flat.trainable || flat.states == Tier::Device) continue;
-      down = std::max(down, flat.layout.shard_numel * reduced_bytes(flat, p));
+      const int64_t slice_bytes = flat.layout.shard_numel * reduced_bytes(flat, p);
+      down = std::max(down, gradient_buffers(slice_bytes) * slice_bytes);
       if (flat.params == Tier::Device) {
-        up = std::max(up, std::min(flat.layout.shard_numel, p.offload.tile_bytes / kFloatBytes) * flat.element_bytes);
+        const int64_t tile_bytes = flat.states == Tier::File ? p.offload.tiles.tile_bytes : kHostTileBytes;
+        up = std::max(up, std::min(flat.layout.shard_numel, tile_bytes / kFloatBytes) * flat.element_bytes);
       }
     }
   }
-  return kDownloads * down + kUploads * up + kShardUploads * shards;
+  return down + kWeightBuffers * up + kShardBuffers * shards;
 }
 
 void by_kind(Estimate& result, const std::vector<UnitSize>& units, const Partition& p, bool sharded, int modules) {
@@ -321,7 +321,6 @@ Partition with_what_follows(Partition p) {
     if (p.offload.states == Tier::Device) p.offload.states = Tier::Host;
     p.offload.states_share = 1;
   }
-  p.offload.buffers = std::max(p.offload.buffers, kFewestTiles);
   return p;
 }
 
@@ -332,8 +331,10 @@ void check(const ModelSizes& model, const Partition& p) {
   DS_CHECK_VALUE(p.partial_step || p.offload.states == Tier::Device, "estimate: states rest elsewhere only where the step is divided");
   DS_CHECK_VALUE(p.shard_params || p.offload.params == Tier::Device, "estimate: parameters rest elsewhere only where they are divided");
   DS_CHECK_VALUE(p.offload.states_share >= 0 && p.offload.states_share <= 1, "estimate: a share of " << p.offload.states_share);
-  DS_CHECK_VALUE(p.offload.tile_bytes >= kReservePageBytes && p.offload.tile_bytes % kReservePageBytes == 0,
-                 "estimate: tiles of " << p.offload.tile_bytes << " bytes; a multiple of " << kReservePageBytes);
+  const StepTiles& tiles = p.offload.tiles;
+  DS_CHECK_VALUE(tiles.tile_bytes >= kReservePageBytes && tiles.tile_bytes % kReservePageBytes == 0 && tiles.buffers >= kFewestTiles,
+                 "estimate: " << tiles.buffers << " tiles of " << tiles.tile_bytes << " bytes; at least " << kFewestTiles << ", of a multiple of "
+                              << kReservePageBytes);
   DS_CHECK_VALUE(model.tree.size() == model.params.size(),
                  "estimate: " << model.tree.size() << " modules, but parameters for " << model.params.size());
   for (size_t m = 0; m < model.tree.size(); ++m) {

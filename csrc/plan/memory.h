@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "plan/reserve.h"
 #include "plan/units.h"
 
 namespace ds::plan {
@@ -31,8 +32,7 @@ struct Offload {
   Tier params = Tier::Device;      // the parameters' shards
   double states_share = 1;         // of the trained elements, whose states rest there
   int64_t params_in_memory = 0;    // for shards in files of ranks on the host: elements of a rank's that stay in memory
-  int buffers = 4;                 // tiles of the step over states in files
-  int64_t tile_bytes = int64_t{4} << 20;   // of one array
+  StepTiles tiles = step_tiles(4, int64_t{1} << 20);   // of the step over states in files
 };
 
 struct Partition {

@@ -45,4 +45,38 @@ inline int best_free_buffer(const std::vector<int64_t>& free_bytes, int64_t byte
   return best;
 }
 
+// ---- state that rests elsewhere ------------------------------------------------------------------------------------
+
+// Tiles in which the optimizer's step takes each array through memory.
+struct StepTiles {
+  int64_t tile_bytes = 0;   // of one array
+  int buffers = 0;          // tiles in memory at a time
+};
+
+constexpr int64_t kStepBufferBytes = int64_t{4} << 20;   // of one array: what `buffer_count` of the configuration counts
+constexpr int kFewestTiles = 3;                          // one read, one worked on, one written
+
+// For state on the host, of which a tile is a part.
+constexpr int64_t kHostTileBytes = int64_t{4} << 20;
+
+// For state in files, from which one request reads at most `block_bytes`: the smallest tiles that are whole requests and whole pages, of 1 MiB at
+// least, and as many of them as fit into the same memory. (A tile's memory is read into again when all of it is written: with four large tiles the
+// disk had 0.89 of what it can move, with many small ones more.)
+inline StepTiles step_tiles(int64_t buffer_count, int64_t block_bytes) {
+  const int64_t memory = std::max<int64_t>(buffer_count, 1) * kStepBufferBytes;
+  const int64_t tile = std::min(std::max(block_bytes / kReservePageBytes * kReservePageBytes, int64_t{1} << 20), kStepBufferBytes);
+  return {tile, static_cast<int>(std::max<int64_t>(memory / tile, kFewestTiles))};
+}
+
+// Rings of memory through which values pass between an accelerator and the host.
+constexpr int kWeightBuffers = 2;          // tiles of updated weights on their way up
+constexpr int kShardBuffers = 3;           // pieces of shards on their way to a gather
+constexpr int64_t kShardPieceBytes = int64_t{16} << 20;
+
+// Slices of gradients on their way down at a time: fewer when they are large, two at least.
+inline int64_t gradient_buffers(int64_t slice_bytes) {
+  constexpr int64_t kMost = 4, kFewest = 2, kMostBytes = int64_t{256} << 20;
+  return std::clamp(kMostBytes / std::max<int64_t>(slice_bytes, 1), kFewest, kMost);
+}
+
 }  // namespace ds::plan

@@ -4,21 +4,15 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
 
-#include <algorithm>
 #include <memory>
 #include <utility>
 
+#include "plan/reserve.h"
+
 namespace ds::zero {
-namespace {
-
-// On their way at a time: so many, fewer when they are large, two at least.
-constexpr int64_t kMost = 4, kFewest = 2, kMostBytes = int64_t{256} << 20;
-size_t most_of(int64_t bytes) { return static_cast<size_t>(std::clamp(kMostBytes / std::max<int64_t>(bytes, 1), kFewest, kMost)); }
-
-}  // namespace
 
 void HostSums::send(const void* const* srcs, int nsrc, int64_t bytes, bool may_wait, Add add) {
-  const size_t most = most_of(bytes * nsrc);
+  const size_t most = static_cast<size_t>(plan::gradient_buffers(bytes * nsrc));
   if (may_wait) worker_.wait_below(most);
   auto buffer = std::make_shared<optim::StagingBuffer>(device_, pinned_);
   {

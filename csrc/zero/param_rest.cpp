@@ -119,7 +119,7 @@ void ParamStore::start_gather(Flat& flat, const char* phase, const std::shared_p
 // Beside what the caller and the device do: a thread copies into staging memory, a stream of its own takes it from there as soon as nobody uses
 // flat.full's memory any more.
 std::shared_ptr<comm::Work> ParamStore::start_upload(Flat& flat, const std::shared_ptr<c10::Event>& free_since) {
-  if (!uploads_) uploads_ = std::make_unique<optim::StagingRing>(device_, options_.parameter_rest->pinned(), 3);
+  if (!uploads_) uploads_ = std::make_unique<optim::StagingRing>(device_, options_.parameter_rest->pinned(), plan::kShardBuffers);
   std::shared_ptr<c10::Event> done;
   if (!device_.is_cpu()) {
     if (!upload_stream_) upload_stream_ = c10::impl::VirtualGuardImpl(device_.type()).getStreamFromGlobalPool(device_, /*isHighPriority=*/true);

@@ -9,6 +9,7 @@ from deepspeed.engine.layout import divided_at, persistent_numel
 from deepspeed.planning.activations import activation_bytes
 from deepspeed.planning.quantities import GIB, gib
 from deepspeed.planning.shape import decoder, of_model
+from deepspeed.zero.tiers import block_bytes
 
 KINDS = ("parameters", "gradients", "master_weights", "optimizer_state", "gathered_units", "buckets", "staging")
 # What a process takes besides on a GPU: its CUDA context, NCCL's buffers, libraries, rounding of torch's allocator.
@@ -191,10 +192,10 @@ def _extra(given, row, configured, device):
     return kept
 
 
-def _offload(row, zero, is_configured):
-    offload, tiers = core().Offload(), core().Tier
+def _offload(row, config, is_configured):
+    offload, tiers, zero = core().Offload(), core().Tier, config.zero_optimization
     offload.states, offload.params = getattr(tiers, row[1]), getattr(tiers, row[2])
-    offload.buffers = int(zero.offload_optimizer.buffer_count)
+    offload.tiles = core().step_tiles(int(zero.offload_optimizer.buffer_count), block_bytes(config.aio))
     # Another choice than the configured one is shown with all of its state elsewhere.
     offload.states_share = float(zero.offload_optimizer.ratio) if is_configured else 1.0
     offload.params_in_memory = int(zero.offload_param.max_in_cpu) if is_configured else 0
@@ -258,7 +259,7 @@ def plan(config, params=None, *, model=None, gpus=1, nodes=None, layers=None, hi
     for row in rows:
         stage, states_place, params_place = row
         partition = _partition(config, gpus, device, states, stage)
-        partition.offload = _offload(row, zero, row == configured)
+        partition.offload = _offload(row, config, row == configured)
         found = core().estimate(shape.nodes, sizes, budget, partition)
         choices.append(Choice(stage, states_place, params_place, row == configured, found["device"], found["host"], found["file"],
                               int(activations or 0), found["traffic"], found["tiers"], gpus // nodes, _extra(given, row, configured, device),

@@ -7,11 +7,9 @@ only, so there a shard rests on the host, in memory or in a file, and goes to it
 import os
 from dataclasses import dataclass
 
-from deepspeed._native import lib
+from deepspeed._native import core, lib
 from deepspeed.telemetry import logger
 
-TILE_BYTES = 4 << 20     # of one array that the optimizer's step takes through memory
-_FEWEST_TILES = 3        # one read, one worked on, one written
 _QUEUE_DEPTH = 32
 _BLOCK_ALIGN = 4096
 _MOST_BLOCK_BYTES = 64 << 20
@@ -54,12 +52,18 @@ def _speculates(section):
     return bool(getattr(section, "super_offload", False))
 
 
+def block_bytes(aio):
+    """What one request reads or writes at most, by the section `aio`."""
+    return min(max(int(aio.block_size) // _BLOCK_ALIGN, 1) * _BLOCK_ALIGN, _MOST_BLOCK_BYTES)
+
+
 def _in_files(config, section, name, apart):
     aio = config.aio
-    block = min(max(int(aio.block_size) // _BLOCK_ALIGN, 1) * _BLOCK_ALIGN, _MOST_BLOCK_BYTES)
+    block = block_bytes(aio)
+    tiles = core().step_tiles(int(section.buffer_count), block)
     depth = int(aio.queue_depth) if config.is_set("aio.queue_depth") else _QUEUE_DEPTH
     threads = int(aio.intra_op_parallelism) if config.is_set("aio.intra_op_parallelism") else 4
-    return lib().FileRest(_folder(section, name), max(_FEWEST_TILES, int(section.buffer_count)), TILE_BYTES, block, depth, threads,
+    return lib().FileRest(_folder(section, name), tiles.buffers, tiles.tile_bytes, block, depth, threads,
                           apart=apart, pinned=apart and bool(section.pin_memory), second_places=_speculates(section))
 
 
@@ -67,7 +71,8 @@ def _rest(config, section, name, apart):
     """For an accelerator (`apart`) all of it lies elsewhere; for ranks on the CPU the host's memory is where it lies anyway."""
     if section.device == "nvme":
         return _in_files(config, section, name, apart)
-    return lib().HostRest(bool(section.pin_memory), TILE_BYTES, _speculates(section)) if section.device == "cpu" and apart else None
+    return lib().FileRest(_folder(section, name), tiles.buffers, tiles.tile_bytes, block, depth, threads,
+                          apart=apart, pinned=apart and bool(section.pin_memory), second_places=_speculates(section))
 
 
 def tiers_of(config, device, with_optimizer=True):
@@ -80,7 +85,7 @@ def tiers_of(config, device, with_optimizer=True):
         parameter_rest = _rest(config, zero.offload_param, "offload_param", apart)
         if parameter_rest is not None and rest is None and with_optimizer:
             logger.warning("zero_optimization.offload_param without offload_optimizer: the optimizer's state follows the parameters to the host")
-            rest = lib().HostRest(bool(zero.offload_param.pin_memory), TILE_BYTES)
+            rest = lib().HostRest(bool(zero.offload_param.pin_memory), core().HOST_TILE_BYTES)
         share = 1.0 if parameter_rest is not None else float(zero.offload_optimizer.ratio)
         return Tiers(rest, share, parameter_rest, speculates=speculates)
     if zero.offload_param.device != "nvme":
