@@ -9,6 +9,7 @@
 
 #include "plan/layout.h"
 #include "plan/memory.h"
+#include "plan/resting.h"
 
 namespace py = pybind11;
 using namespace ds::plan;
@@ -70,6 +71,7 @@ void bind_plan(py::module_& m) {
       .def_readonly("tile_bytes", &StepTiles::tile_bytes)
       .def_readonly("buffers", &StepTiles::buffers);
   m.def("step_tiles", &step_tiles, py::arg("buffer_count"), py::arg("block_bytes"));
+  m.def("resting_units", &resting_units, py::arg("trained"), py::arg("share"), "Whose state rests elsewhere; see csrc/plan/resting.h.");
   m.attr("HOST_TILE_BYTES") = kHostTileBytes;
   py::class_<Offload>(m, "Offload", "What rests where; see csrc/plan/memory.h.")
       .def(py::init<>())

@@ -111,7 +111,7 @@ py::dict flat_info(PyStore& store, int f) {
 
 int add_unit(PyStore& store, const std::string& name, std::vector<at::Tensor> params, std::vector<std::string> names,
              std::vector<bool> trainable, const py::list& dtypes, bool keep_master, bool broadcast, bool persistent,
-             bool vacant) {
+             bool vacant, bool state_rests) {
   zero::UnitRequest request;
   request.name = name;
   request.params = std::move(params);
@@ -122,6 +122,7 @@ int add_unit(PyStore& store, const std::string& name, std::vector<at::Tensor> pa
   request.broadcast = broadcast;
   request.persistent = persistent;
   request.vacant = vacant;
+  request.state_rests = state_rests;
   py::gil_scoped_release release;
   return store.add_unit(std::move(request));
 }
@@ -131,17 +132,17 @@ void bind_store(py::module_& m) {
       .def(py::init([](std::shared_ptr<comm::Transport> world, std::shared_ptr<comm::Transport> shard,
                        std::shared_ptr<comm::Transport> reduce, std::shared_ptr<comm::Transport> replicate,
                        const std::string& device, bool shard_params, bool full_master, int64_t align_numel,
-                       std::shared_ptr<optim::SliceRest> rest, double rest_share, std::shared_ptr<optim::SliceRest> parameter_rest,
+                       std::shared_ptr<optim::SliceRest> rest, std::shared_ptr<optim::SliceRest> parameter_rest,
                        const std::string& folder, int64_t most_in_memory, bool split_master) {
-             zero::StoreOptions options{shard_params, full_master,    align_numel,  rest, rest_share, parameter_rest,
+             zero::StoreOptions options{shard_params, full_master,    align_numel,  rest, parameter_rest,
                                         folder,       most_in_memory, split_master};
              return std::make_shared<PyStore>(zero::Groups{world, shard, reduce, replicate}, at::Device(device), std::move(options));
            }),
            py::arg("world"), py::arg("shard"), py::arg("reduce"), py::arg("replicate"), py::arg("device"), py::arg("shard_params"),
-           py::arg("full_master"), py::arg("align_numel") = 64, py::arg("rest") = nullptr, py::arg("rest_share") = 1.0,
-           py::arg("parameter_rest") = nullptr, py::arg("folder") = "", py::arg("most_in_memory") = 0, py::arg("split_master") = false)
+           py::arg("full_master"), py::arg("align_numel") = 64, py::arg("rest") = nullptr, py::arg("parameter_rest") = nullptr,
+           py::arg("folder") = "", py::arg("most_in_memory") = 0, py::arg("split_master") = false)
       .def("add_unit", &add_unit, py::arg("name"), py::arg("params"), py::arg("names"), py::arg("trainable"), py::arg("dtypes"),
-           py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"), py::arg("vacant") = false)
+           py::arg("keep_master"), py::arg("broadcast"), py::arg("persistent"), py::arg("vacant") = false, py::arg("state_rests") = true)
       .def("gather", [](PyStore& s, int unit, const std::string& phase, bool prefetch) { s.gather(unit, comm::intern(phase), prefetch); },
            py::arg("unit"), py::arg("phase"), py::arg("prefetch") = false, Release())
       .def("release", &PyStore::release, py::arg("unit"), py::arg("part_from_holders") = false, Release())
@@ -199,7 +200,7 @@ void bind_store(py::module_& m) {
       })
       .def("make_master", &PyStore::make_master, Release())
       .def("leave_files", &PyStore::leave_files)
-      .def("in_file", &PyStore::in_file)
+      .def("in_file", [](PyStore& s, int f) { return s.in_file(f); })
       .def("shard_apart", &PyStore::shard_apart)
       .def("state_rests", [](PyStore& s, int f) { return s.flats().at(f).state_rests; })
       .def("set_master", [](PyStore& s, int f, at::Tensor t) { s.flats().at(f).master = std::move(t); })
@@ -328,16 +329,17 @@ void bind_rest(py::module_& m) {
       .def_property_readonly("bytes", &HostRest::bytes);
   py::class_<FileRest, SliceRest, std::shared_ptr<FileRest>>(m, "FileRest", "Optimizer state in a file; see csrc/zero/file_rest.h.")
       .def(py::init([](const std::string& folder, int buffers, int64_t tile_bytes, int64_t block_bytes, int queue_depth, int threads,
-                       bool apart, bool pinned, bool second_places) {
+                       bool apart, bool pinned, bool second_places, int64_t most_in_memory) {
              io::EngineOptions options;
              options.chunk_bytes = block_bytes;
              options.queue_depth = queue_depth;
              options.threads = threads;
              return std::make_shared<FileRest>(offload::TierFile::create(folder, options), offload::StreamOptions{tile_bytes, buffers}, apart, pinned,
-                                               second_places);
+                                               second_places, most_in_memory);
            }),
            py::arg("folder"), py::arg("buffers"), py::arg("tile_bytes"), py::arg("block_bytes"), py::arg("queue_depth"), py::arg("threads"),
-           py::arg("apart") = false, py::arg("pinned") = false, py::arg("second_places") = false, Release())
+           py::arg("apart") = false, py::arg("pinned") = false, py::arg("second_places") = false, py::arg("most_in_memory") = 0,
+           Release())
       .def_property_readonly("folder", [](const FileRest& r) { return r.file().folder(); })
       .def_property_readonly("bytes", [](const FileRest& r) { return r.file().bytes(); })
       .def_property_readonly("buffer_bytes", &FileRest::buffer_bytes)

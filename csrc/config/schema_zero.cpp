@@ -111,7 +111,7 @@ Key offload_param_section() {
        boolean("pin_memory", true, "Page-lock the staging memory of transfers to and from a GPU"),
        integer("buffer_count", 5, "Without effect: two units are in memory at a time").at_least(0).accepted(),
        integer("buffer_size", 100000000, "Without effect: what is gathered together is cut by stage3_prefetch_bucket_size and reduce_bucket_size").at_least(0).accepted(),
-       integer("max_in_cpu", 1000000000, "For nvme on the CPU: elements of each rank's parameters that stay in memory").at_least(0)})
+       integer("max_in_cpu", 1000000000, "For nvme: elements of each rank's parameters that stay in the host's memory").at_least(0)})
       .on_stages("3");
 }
 
@@ -120,7 +120,7 @@ Key offload_optimizer_section() {
       {device_row(),
        text("nvme_path", nullptr, "Folder, for nvme; made if it is not there. Its files have no names and go with the process"),
        boolean("pin_memory", true, "Page-lock the staging memory of transfers to and from a GPU"),
-       integer("buffer_count", 4, "For nvme: tiles of 4 MiB a state (12 MiB with AdamW and bf16) that a step holds in memory; at least 3").at_least(0),
+       integer("buffer_count", 4, "For nvme: a step holds this many times 4 MiB of each state in memory (12 MiB with AdamW and bf16)").at_least(0),
        boolean("pipeline_read", false, "Without effect: tiles are always read ahead").accepted(),
        boolean("pipeline_write", false, "Without effect: tiles are always written behind").accepted(),
        boolean("fast_init", false, "Without effect: creation is fast").accepted(),

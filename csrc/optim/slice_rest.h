@@ -31,6 +31,8 @@ class SliceRest {
   // What stream() has put into the second place becomes the array's values. No byte moves. `whole`: an array as zeros() gave it.
   virtual void exchange(const at::Tensor& whole) = 0;
   virtual bool holds(const at::Tensor& t) const = 0;
+  // It is a mapping of a file.
+  virtual bool in_file(const at::Tensor&) const { return false; }
   // It lies in the host's memory and the weights do not: what passes between them goes through a StagingRing, pinned or not.
   virtual bool apart() const { return false; }
   virtual bool pinned() const { return false; }

@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "plan/layout.h"
 #include "plan/reserve.h"
+#include "plan/resting.h"
 
 namespace ds::plan {
 namespace {
@@ -28,6 +29,7 @@ struct FlatSize {
 struct UnitSize {
   std::vector<FlatSize> flats;
   int64_t numel = 0;
+  int64_t trained_numel = 0;
   bool persistent = false;
   int first = 0;   // the pre-order positions between which it is in use: [first, last)
   int last = 0;
@@ -65,6 +67,7 @@ std::vector<UnitSize> size_units(const ModelSizes& model, UnitBudget budget, con
     UnitSize size;
     size.flats = flats_of(params, p);
     size.numel = unit.numel;
+    for (const ParamSize& param : params) size.trained_numel += param.trainable ? param.numel : 0;
     size.persistent = unit.numel <= p.persistent_numel;
     size.first = unit.hooked.front();
     size.last = ends[unit.hooked.back()];
@@ -148,22 +151,17 @@ class GatherReplay {
   int64_t allocated_ = 0;
 };
 
-// Where each flat rests, by the rules of the store: flat by flat, states as long as their share is not reached, shards in memory as long as
-// they are few enough.
+// Where each flat rests, by the rules that the engine and the store follow.
 void settle(std::vector<UnitSize>& units, const Partition& p) {
-  int64_t trained = 0, resting = 0, in_memory = 0;
-  for (UnitSize& unit : units) {
-    for (FlatSize& flat : unit.flats) {
-      const int64_t shard = flat.layout.shard_numel;
-      if (flat.trainable && p.offload.states != Tier::Device) {
-        trained += shard;
-        if (static_cast<double>(resting + shard) <= p.offload.states_share * static_cast<double>(trained)) {
-          resting += shard;
-          flat.states = p.offload.states;
-        }
-      }
-      in_memory += shard;
-      if (!p.on_host || in_memory > p.offload.params_in_memory) flat.params = p.offload.params;
+  std::vector<int64_t> trained;
+  for (const UnitSize& unit : units) trained.push_back(unit.trained_numel);
+  const std::vector<bool> rests = resting_units(trained, p.offload.states_share);
+  MemoryQuota in_memory(p.offload.params_in_memory);
+  for (size_t u = 0; u < units.size(); ++u) {
+    for (FlatSize& flat : units[u].flats) {
+      if (flat.trainable && rests[u]) flat.states = p.offload.states;
+      const bool stays = p.offload.params == Tier::File && in_memory.take(flat.layout.shard_numel);
+      flat.params = !stays ? p.offload.params : p.on_host ? Tier::Device : Tier::Host;
     }
   }
 }

@@ -31,7 +31,7 @@ struct Offload {
   Tier states = Tier::Device;      // gradient slices, master weights and optimizer state
   Tier params = Tier::Device;      // the parameters' shards
   double states_share = 1;         // of the trained elements, whose states rest there
-  int64_t params_in_memory = 0;    // for shards in files of ranks on the host: elements of a rank's that stay in memory
+  int64_t params_in_memory = 0;    // for shards in files: elements of a rank's that stay in the host's memory
   StepTiles tiles = step_tiles(4, int64_t{1} << 20);   // of the step over states in files
 };
 

@@ -6,13 +6,23 @@
 #include <vector>
 
 #include "base/error.h"
+#include "platform/memory.h"
 
 namespace ds::zero {
 
 at::Tensor FileRest::zeros(int64_t numel, at::ScalarType dtype, bool second_place) {
+  if (in_memory_.take(numel)) return memory_.zeros(numel, dtype);
   std::shared_ptr<void> range = file_->allocate(numel * static_cast<int64_t>(c10::elementSize(dtype)), second_place && second_places_);
   void* data = range.get();
   return at::from_blob(data, {numel}, [range](void*) {}, at::TensorOptions().dtype(dtype));
+}
+
+void FileRest::expect(const at::Tensor& t) {
+  if (in_file(t)) platform::prefetch_pages(t.data_ptr(), t.nbytes());
+}
+
+void FileRest::leave(const at::Tensor& t) {
+  if (in_file(t)) file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes()));
 }
 
 void FileRest::stream(const std::vector<Job>& jobs, const Work& work, Into into) {

@@ -7,25 +7,30 @@
 #include "offload/tier_file.h"
 #include "offload/tile_stream.h"
 #include "optim/slice_rest.h"
-#include "platform/memory.h"
+#include "plan/resting.h"
+#include "zero/host_rest.h"
 
 namespace ds::zero {
 
 class FileRest : public optim::SliceRest {
  public:
   // apart: the weights are on an accelerator.
-  // second_places: arrays have them that ask for one.
-  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options, bool apart, bool pinned, bool second_places)
-      : file_(std::move(file)), options_(options), stream_(file_->engine(), options), apart_(apart), pinned_(pinned), second_places_(second_places) {}
+  // second_places: arrays have them that ask for one. most_in_memory: elements that lie in memory all the same, as long as they fit; these have none and
+  // cannot be streamed.
+  FileRest(std::shared_ptr<offload::TierFile> file, const offload::StreamOptions& options, bool apart, bool pinned, bool second_places,
+           int64_t most_in_memory = 0)
+      : file_(std::move(file)), options_(options), stream_(file_->engine(), options), apart_(apart), pinned_(pinned), second_places_(second_places),
+        in_memory_(most_in_memory), memory_(pinned, options.tile_bytes) {}
 
   at::Tensor zeros(int64_t numel, at::ScalarType dtype, bool second_place = false) override;
   bool has_second_place(const at::Tensor& t) const override { return file_->second_place_of(t.data_ptr()).has_value(); }
   void exchange(const at::Tensor& whole) override { file_->exchange(whole.data_ptr()); }
-  bool holds(const at::Tensor& t) const override { return t.defined() && t.device().is_cpu() && file_->offset_of(t.data_ptr()).has_value(); }
+  bool holds(const at::Tensor& t) const override { return in_file(t) || memory_.holds(t); }
+  bool in_file(const at::Tensor& t) const override { return t.defined() && t.device().is_cpu() && file_->offset_of(t.data_ptr()).has_value(); }
   bool apart() const override { return apart_; }
   bool pinned() const override { return pinned_; }
-  void expect(const at::Tensor& t) override { platform::prefetch_pages(t.data_ptr(), t.nbytes()); }
-  void leave(const at::Tensor& t) override { file_->leave(t.data_ptr(), static_cast<int64_t>(t.nbytes())); }
+  void expect(const at::Tensor& t) override;
+  void leave(const at::Tensor& t) override;
   void leave_all() override { file_->leave_all(); }
   void stream(const std::vector<Job>& jobs, const Work& work, Into into = Into::Place) override;
 
@@ -40,6 +45,8 @@ class FileRest : public optim::SliceRest {
   const offload::StreamOptions options_;
   offload::TileStream stream_;
   const bool apart_, pinned_, second_places_;
+  plan::MemoryQuota in_memory_;
+  HostRest memory_;
 };
 
 }  // namespace ds::zero

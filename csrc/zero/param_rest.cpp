@@ -66,9 +66,10 @@ std::pair<std::shared_ptr<comm::SymmetricBuffer>, int64_t> ParamStore::allocate_
   return {chunk.buffer, offset};
 }
 
-bool ParamStore::in_file(int index) const {
-  const Flat& flat = flats_.at(index);
-  return flat.home && flat.home->in_file();
+bool ParamStore::in_file(int index) const { return in_file(flats_.at(index)); }
+
+bool ParamStore::in_file(const Flat& flat) const {
+  return flat.home ? flat.home->in_file() : options_.parameter_rest && flat.shard.defined() && options_.parameter_rest->in_file(flat.shard);
 }
 
 void ParamStore::leave_file(Flat& flat) {

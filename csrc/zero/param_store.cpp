@@ -48,7 +48,7 @@ std::string changed_shape(const Param& p, const at::Tensor& now) {
 }  // namespace
 
 ParamStore::ParamStore(Groups groups, at::Device device, StoreOptions options)
-    : groups_(std::move(groups)), device_(device), options_(options), pool_(device) {
+    : groups_(std::move(groups)), device_(device), options_(options), pool_(device), in_memory_(options.most_in_memory) {
   DS_CHECK(groups_.world && groups_.shard && groups_.reduce, "ParamStore needs a world, a shard and a reduce transport");
 }
 
@@ -87,15 +87,10 @@ int ParamStore::add_flat(int unit, const UnitRequest& request, const std::vector
   const int64_t es = static_cast<int64_t>(c10::elementSize(flat.dtype));
   const int64_t full_bytes = flat.layout.numel() * es;
   const int64_t shard_bytes = flat.layout.shard_numel * es;
-  if (flat.trainable && options_.rest) {
-    trained_numel_ += flat.layout.shard_numel;
-    flat.state_rests = static_cast<double>(resting_numel_ + flat.layout.shard_numel) <= options_.rest_share * static_cast<double>(trained_numel_);
-    if (flat.state_rests) resting_numel_ += flat.layout.shard_numel;
-  }
+  flat.state_rests = flat.trainable && options_.rest && request.state_rests;
   char* home = nullptr;
   if (!options_.parameter_rest) {
-    in_memory_numel_ += options_.shard_params ? flat.layout.shard_numel : flat.layout.numel();
-    const bool to_file = !options_.folder.empty() && in_memory_numel_ > options_.most_in_memory;
+    const bool to_file = !options_.folder.empty() && !in_memory_.take(options_.shard_params ? flat.layout.shard_numel : flat.layout.numel());
     std::tie(flat.home, flat.home_offset_bytes) = allocate_home(options_.shard_params ? shard_bytes : full_bytes, to_file ? options_.folder : "");
     home = static_cast<char*>(flat.home->data()) + flat.home_offset_bytes;
   }
@@ -456,7 +451,7 @@ StoreBytes ParamStore::bytes() const {
     const at::Tensor& resting = options_.shard_params ? flat.shard : flat.full;
     const int64_t bytes = resting.defined() ? resting.numel() * static_cast<int64_t>(resting.element_size()) : 0;
     held.parameters += bytes;
-    if (flat.home && flat.home->in_file()) held.parameters_in_files += bytes;
+    if (in_file(flat)) held.parameters_in_files += bytes;
     if (flat.master.defined()) held.master_weights += flat.master.numel() * static_cast<int64_t>(flat.master.element_size());
     if (flat.buffer.defined()) held.gathered_units += flat.buffer.numel();
   }

@@ -14,6 +14,7 @@
 #include "optim/slice_rest.h"
 #include "optim/staging_ring.h"
 #include "plan/layout.h"
+#include "plan/resting.h"
 #include "platform/worker.h"
 #include "zero/buffer_pool.h"
 
@@ -75,6 +76,7 @@ struct UnitRequest {
   bool keep_master = false;             // derive an fp32 master from the original values of trainable parameters
   bool broadcast = true;                // rank 0's values win; false when all ranks hold the same already
   bool persistent = false;
+  bool state_rests = true;              // where the store has a rest for masters, states and gradient slices of this unit
   bool vacant = false;                  // the values are nobody's: somebody fills the shards later; nothing is copied or sent
 };
 
@@ -83,7 +85,6 @@ struct StoreOptions {
   bool full_master = false;      // masters cover the whole flat: every rank steps everything (stage 0)
   int64_t align_numel = 64;
   std::shared_ptr<optim::SliceRest> rest;   // where masters, optimizer states and gradient slices lie; null: memory of the device
-  double rest_share = 1.0;                  // of the trained elements, for which that is so
   std::shared_ptr<optim::SliceRest> parameter_rest;   // where shards lie that the carrier cannot gather from; null: in homes
   std::string folder;            // where parameters rest in files; empty: memory
   int64_t most_in_memory = 0;    // with a folder: elements of this rank's parameters that rest in memory all the same
@@ -194,6 +195,7 @@ class ParamStore {
   void start_gather(Flat& flat, const char* phase, const std::shared_ptr<c10::Event>& free_since);
   std::shared_ptr<comm::Work> start_upload(Flat& flat, const std::shared_ptr<c10::Event>& free_since);
   void leave_file(Flat& flat);
+  bool in_file(const Flat& flat) const;
   void adopt_values(Flat& flat, Param& p);
   void part_from_holders(Unit& unit);
   void finish_gather(Unit& unit);
@@ -210,8 +212,7 @@ class ParamStore {
     int64_t used_bytes = 0;
   };
   Chunk memory_chunk_, file_chunk_;
-  int64_t in_memory_numel_ = 0;
-  int64_t trained_numel_ = 0, resting_numel_ = 0;
+  plan::MemoryQuota in_memory_;   // of parameters whose homes are in files
   std::unique_ptr<optim::StagingRing> uploads_;   // of shards that lie on the host
   std::optional<c10::Stream> upload_stream_;      // on an accelerator
   BindCallback on_bind_;

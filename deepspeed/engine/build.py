@@ -2,7 +2,7 @@
 """Puts a model under management: plan, store, reducer, optimizer."""
 import torch
 
-from deepspeed._native import lib
+from deepspeed._native import core, lib
 from deepspeed.device.host_memory import trim_heap
 from deepspeed.precision.loss_scaler import scaler_for
 from deepspeed.telemetry import logger
@@ -48,8 +48,9 @@ def manage(model, config, layout, device, group, trained):
     managed = ManagedModel(transports, device, layout.shard_params, full_master=not layout.partial_step,
                            tiers=tiers_of(config, device, bool(trained)), split_master=config.bf16.split_master)
     dtype_of = _target_dtype(layout)
-    units = [managed.add_unit(unit, dtype_of, lambda p: id(p) in trained, keep_master=bool(trained), persistent_numel=layout.persistent_numel)
-             for unit in plan.units]
+    rests = core().resting_units([sum(p.numel() for p in unit.params if id(p) in trained) for unit in plan.units], managed.tiers.rest_share)
+    units = [managed.add_unit(unit, dtype_of, lambda p: id(p) in trained, keep_master=bool(trained), persistent_numel=layout.persistent_numel,
+                              state_rests=state_rests) for unit, state_rests in zip(plan.units, rests)]
     _move_rest(model, device)
     managed.store.trim_pool()
     trim_heap()

@@ -177,7 +177,7 @@ def _given(config):
     return found
 
 
-def _extra(given, row, configured, device):
+def _extra(given, row, configured):
     """Of what is given, what a row has: the configured one all, others the folder and the number of buffers."""
     kept = {}
     for name, place in (("offload_optimizer", row[1]), ("offload_param", row[2])):
@@ -187,7 +187,7 @@ def _extra(given, row, configured, device):
     for name, place in (("offload_optimizer", row[1]), ("offload_param", row[2])):
         if place == "nvme" and folder:
             kept[name].setdefault("nvme_path", folder)
-    if row[2] == "nvme" and row != configured and device == "cpu":
+    if row[2] == "nvme" and row != configured:
         kept["offload_param"]["max_in_cpu"] = 0
     return kept
 
@@ -262,7 +262,7 @@ def plan(config, params=None, *, model=None, gpus=1, nodes=None, layers=None, hi
         partition.offload = _offload(row, config, row == configured)
         found = core().estimate(shape.nodes, sizes, budget, partition)
         choices.append(Choice(stage, states_place, params_place, row == configured, found["device"], found["host"], found["file"],
-                              int(activations or 0), found["traffic"], found["tiers"], gpus // nodes, _extra(given, row, configured, device),
+                              int(activations or 0), found["traffic"], found["tiers"], gpus // nodes, _extra(given, row, configured),
                               _refused(row, optimizer, device)))
     return Plan(choices, shape, found["units"], found["largest_unit_numel"], gpus, nodes, precision, optimizer, states, micro_batch,
                 int(config.gradient_accumulation_steps or 1), device, remarks)

@@ -27,7 +27,8 @@ def places(optimizer):
     managed, device = optimizer.managed, str(optimizer.managed.device)
     tiers, store = managed.tiers, managed.store.bytes()
     in_files, states = store["parameters_in_files"], len(getattr(optimizer.stepper, "state_names", ()))
-    rows = [("parameters", store["parameters"] - in_files, _place(tiers.parameter_rest, device)), ("parameters", in_files, tiers.parameter_folder),
+    rows = [("parameters", store["parameters"] - in_files, device if tiers.parameter_rest is None else "the host's memory"),
+            ("parameters", in_files, getattr(tiers.parameter_rest, "folder", tiers.parameter_folder)),
             ("gradients on their way", managed.reducer.bucket_bytes(), device)]
     for rests, place in ((False, device), (True, _place(tiers.rest, device))):
         slices = [s for s in optimizer.slices if s.rests == rests]

@@ -100,7 +100,7 @@ class ManagedModel:
         self.shards_params = shard_params and (transports.shard.size > 1 or tiers.moves_parameters)
         self.sharded_api = shard_params
         self.store = lib().ParamStore(transports.world, transports.shard, transports.reduce, transports.replicate, str(device),
-                                      self.shards_params, full_master, rest=tiers.rest, rest_share=tiers.rest_share, parameter_rest=tiers.parameter_rest,
+                                      self.shards_params, full_master, rest=tiers.rest, parameter_rest=tiers.parameter_rest,
                                       folder=tiers.parameter_folder, most_in_memory=tiers.parameters_in_memory, split_master=split_master)
         self.store.set_guard_classes(guard_class, ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE)
         self.scheduler = lib().UnitScheduler(self.store)
@@ -116,9 +116,9 @@ class ManagedModel:
 
     # ---- filling
 
-    def add_unit(self, plan, dtype_of, trainable, keep_master, persistent_numel, broadcast=True, vacant=False):
+    def add_unit(self, plan, dtype_of, trainable, keep_master, persistent_numel, broadcast=True, vacant=False, state_rests=True):
         """Collective. Moves the plan's parameters in. `dtype_of(p)`: what p shall become; `trainable(p)`: whether it is stepped; vacant:
-        their values count for nothing (only where parameters are sharded)."""
+        their values count for nothing (only where parameters are sharded); state_rests: masters, states and gradients rest where `tiers` say."""
         previous = [home_of(p) for p in plan.params]
         for home in filter(None, previous):
             home.owner.refuse_while_away("moving parameters to another engine", "lp_params", "hp_params")
@@ -131,7 +131,7 @@ class ManagedModel:
                 raise RuntimeError(f"parameter '{plan.names[plan.params.index(parameter)]}' is on the meta device and has no values: "
                                    "materialise it, or build the model under deepspeed.zero.Init")
         unit = self.store.add_unit(plan.name, plan.params, plan.names, [trainable(p) for p in plan.params],
-                                   [dtype_of(p) for p in plan.params], keep_master, broadcast and not from_store, persistent, vacant)
+                                   [dtype_of(p) for p in plan.params], keep_master, broadcast and not from_store, persistent, vacant, state_rests)
         order = [slot[0] for flat in self.store.unit_flats(unit) for slot in self.store.flat_info(flat)["slots"]]
         # The store numbers parameters flat by flat; find each one's number by its name.
         number = {self.store.param_name(index): index for index in order}

@@ -138,7 +138,7 @@ class ShardedOptimizer(ZeROOptimizer):
                 master = store.master(flat)
             if master.dtype == torch.int16:
                 master = SplitValues(low, master)
-            mapped = store.in_file(flat) or store.shard_apart(flat) and hasattr(self.managed.tiers.parameter_rest, "folder")
+            mapped = store.in_file(flat)
             s = OptimizerSlice(flat, master, low, rests, mapped, apart)
             for index, offset, numel in info["slots"]:
                 parameter = self.managed.params[index]

@@ -21,7 +21,7 @@ class Tiers:
     rest_share: float = 1.0          # of the trained elements, for which that is so
     parameter_rest: object = None    # lib().SliceRest of shards that do not lie where the model runs
     parameter_folder: str = ""       # for ranks on the CPU: where shards rest in files; "": memory
-    parameters_in_memory: int = 0    # with a folder: elements of them that rest in memory all the same
+    parameters_in_memory: int = 0    # with that folder: elements of them that rest in memory all the same
     speculates: bool = False         # masters and states have second places, for updates that are computed beside backward
 
     @property
@@ -64,15 +64,15 @@ def _in_files(config, section, name, apart):
     depth = int(aio.queue_depth) if config.is_set("aio.queue_depth") else _QUEUE_DEPTH
     threads = int(aio.intra_op_parallelism) if config.is_set("aio.intra_op_parallelism") else 4
     return lib().FileRest(_folder(section, name), tiles.buffers, tiles.tile_bytes, block, depth, threads,
-                          apart=apart, pinned=apart and bool(section.pin_memory), second_places=_speculates(section))
+                          apart=apart, pinned=apart and bool(section.pin_memory), second_places=_speculates(section),
+                          most_in_memory=int(getattr(section, "max_in_cpu", 0)))
 
 
 def _rest(config, section, name, apart):
     """For an accelerator (`apart`) all of it lies elsewhere; for ranks on the CPU the host's memory is where it lies anyway."""
     if section.device == "nvme":
         return _in_files(config, section, name, apart)
-    return lib().FileRest(_folder(section, name), tiles.buffers, tiles.tile_bytes, block, depth, threads,
-                          apart=apart, pinned=apart and bool(section.pin_memory), second_places=_speculates(section))
+    return lib().HostRest(bool(section.pin_memory), core().HOST_TILE_BYTES, _speculates(section)) if section.device == "cpu" and apart else None
 
 
 def tiers_of(config, device, with_optimizer=True):
