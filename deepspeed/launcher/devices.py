@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 
 def gpu_count() -> int:
@@ -58,6 +59,32 @@ def _siblings(cpu: int) -> tuple:
         return (cpu, )
 
 
+def memory_nodes(system: str = "/sys/devices/system/node") -> dict[int, int]:
+    """The memory (NUMA) node of each CPU; empty where the system does not say."""
+    nodes: dict[int, int] = {}
+    try:
+        for name in os.listdir(system):
+            if re.fullmatch(r"node\d+", name):
+                with open(os.path.join(system, name, "cpulist")) as file:
+                    text = file.read().strip()
+                nodes.update((cpu, int(name[4:])) for cpu in (parse_core_list(text) if text else ()))
+    except (OSError, ValueError):
+        return {}
+    return nodes
+
+
+def gpu_node(gpu: int | str, root: str = "/") -> int | None:
+    """The memory node that a GPU (its number in the order of the bus, or its UUID) hangs on; None where the system does not say."""
+    folder = Path(root, "proc/driver/nvidia/gpus")
+    try:
+        buses = sorted(os.listdir(folder))
+        bus = buses[gpu] if isinstance(gpu, int) else next(bus for bus in buses if gpu in (folder / bus / "information").read_text())
+        node = int(Path(root, "sys/bus/pci/devices", bus.lower(), "numa_node").read_text())
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+    return node if node >= 0 else None
+
+
 def usable_cores() -> int:
     """Cores that this process can keep busy: what it may run on, less if its control group has a quota."""
     count = len(physical_cores())
@@ -87,8 +114,9 @@ def parse_core_list(text: str) -> list[int]:
     return cores
 
 
-def share_cores(ranks: int, core_list: str | None = None) -> list[tuple[set[int], int]]:
-    """Divide cores among the ranks of this host in equal contiguous shares: (CPU numbers, threads to use) of each."""
+def share_cores(ranks: int, core_list: str | None = None, wanted_nodes: list | None = None) -> list[tuple[set[int], int]]:
+    """Divide cores among the ranks of this host in equal shares: (CPU numbers, threads to use) of each. A list is cut in its order. Otherwise the
+    cores of a share lie on one memory node, that of its rank's GPU (wanted_nodes, one a rank, or None) first, as long as a node has that many."""
     if core_list is None:
         cores = physical_cores()
     else:
@@ -100,5 +128,30 @@ def share_cores(ranks: int, core_list: str | None = None) -> list[tuple[set[int]
     if len(cores) < ranks:
         raise ValueError(f"--bind_cores_to_rank: {len(cores)} cores cannot be shared out among {ranks} processes")
     each = len(cores) // ranks
-    shares = [cores[rank * each:(rank + 1) * each] for rank in range(ranks)]
+    shares = [cores[rank * each:(rank + 1) * each] for rank in range(ranks)] if core_list is not None else \
+        _shares_of_nodes(cores, each, wanted_nodes or [None] * ranks)
     return [({cpu for core in share for cpu in core}, each) for share in shares]
+
+
+def _shares_of_nodes(cores: list[list[int]], each: int, wanted_nodes: list) -> list[list[list[int]]]:
+    node_of = memory_nodes()
+    left: dict[int, list[list[int]]] = {}
+    for core in cores:
+        left.setdefault(node_of.get(core[0], 0), []).append(core)
+    shares: list[list[list[int]]] = [[] for _ in wanted_nodes]
+
+    def take(rank: int, node: int, most: int) -> None:
+        shares[rank] += left[node][:most]
+        del left[node][:most]
+
+    for rank, node in enumerate(wanted_nodes):
+        if node is not None and len(left.get(node, ())) >= each:
+            take(rank, node, each)
+    for rank, share in enumerate(shares):
+        whole = next((node for node in sorted(left) if len(left[node]) >= each), None)
+        if not share and whole is not None:
+            take(rank, whole, each)
+    for rank, share in enumerate(shares):   # what is left lies on several nodes
+        for node in sorted(left):
+            take(rank, node, each - len(share))
+    return shares

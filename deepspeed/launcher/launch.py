@@ -111,8 +111,9 @@ def _shares(job: Job) -> list[tuple[frozenset[int] | None, int]]:
     """Cores and threads of each rank."""
     ranks = len(job.slots)
     if job.bind_cores:
+        nodes = [devices.gpu_node(slot) for slot in job.slots] if job.use_gpus else None
         try:
-            return [(frozenset(cpus), threads) for cpus, threads in devices.share_cores(ranks, job.bind_core_list)]
+            return [(frozenset(cpus), threads) for cpus, threads in devices.share_cores(ranks, job.bind_core_list, nodes)]
         except ValueError as error:
             raise LaunchError(str(error)) from None
     return [(None, max(1, devices.usable_cores() // ranks))] * ranks
