@@ -22,6 +22,7 @@ py::dict as_dict(const MemoryUse& use) {
   d["gradients"] = use.gradients;
   d["master_weights"] = use.master_weights;
   d["optimizer_state"] = use.optimizer_state;
+  d["updates_ahead"] = use.updates_ahead;
   d["gathered_units"] = use.gathered_units;
   d["buckets"] = use.buckets;
   d["staging"] = use.staging;
@@ -78,6 +79,7 @@ void bind_plan(py::module_& m) {
       .def_readwrite("states", &Offload::states)
       .def_readwrite("params", &Offload::params)
       .def_readwrite("states_share", &Offload::states_share)
+      .def_readwrite("ahead", &Offload::ahead)
       .def_readwrite("params_in_memory", &Offload::params_in_memory)
       .def_readwrite("tiles", &Offload::tiles);
   py::class_<Partition>(m, "Partition", "What is divided among whom; see csrc/plan/memory.h.")

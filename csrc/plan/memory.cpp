@@ -232,6 +232,7 @@ void by_kind(Estimate& result, const std::vector<UnitSize>& units, const Partiti
       states.gradients += kFloatBytes * owned;
       states.master_weights += master_bytes(flat, p) * owned;
       states.optimizer_state += kFloatBytes * p.states * owned;
+      if (p.offload.ahead && flat.states != Tier::Device) states.updates_ahead += (streamed_bytes(flat, p) + flat.element_bytes) * owned;
       largest = std::max(largest, flat.layout.numel() * reduced_bytes(flat, p));
     }
   }

@@ -31,6 +31,7 @@ struct Offload {
   Tier states = Tier::Device;      // gradient slices, master weights and optimizer state
   Tier params = Tier::Device;      // the parameters' shards
   double states_share = 1;         // of the trained elements, whose states rest there
+  bool ahead = false;              // updates beside backward: what they make of states, masters and weights has a place of its own
   int64_t params_in_memory = 0;    // for shards in files: elements of a rank's that stay in the host's memory
   StepTiles tiles = step_tiles(4, int64_t{1} << 20);   // of the step over states in files
 };
@@ -57,10 +58,13 @@ struct MemoryUse {
   int64_t gradients = 0;        // fp32 accumulators
   int64_t master_weights = 0;
   int64_t optimizer_state = 0;
+  int64_t updates_ahead = 0;    // what updates beside backward make of weights, masters and states
   int64_t gathered_units = 0;   // buffers for units in use, and units that stay gathered
   int64_t buckets = 0;          // gradients on their way
   int64_t staging = 0;          // what passes between tiers: tiles of the step, rings of transfers
-  int64_t total() const { return parameters + gradients + master_weights + optimizer_state + gathered_units + buckets + staging; }
+  int64_t total() const {
+    return parameters + gradients + master_weights + optimizer_state + updates_ahead + gathered_units + buckets + staging;
+  }
 };
 
 // Bytes of one rank between tiers in a step.

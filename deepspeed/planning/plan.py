@@ -11,7 +11,7 @@ from deepspeed.planning.quantities import GIB, gib
 from deepspeed.planning.shape import decoder, of_model
 from deepspeed.zero.tiers import block_bytes
 
-KINDS = ("parameters", "gradients", "master_weights", "optimizer_state", "gathered_units", "buckets", "staging")
+KINDS = ("parameters", "gradients", "master_weights", "optimizer_state", "updates_ahead", "gathered_units", "buckets", "staging")
 # What a process takes besides on a GPU: its CUDA context, NCCL's buffers, libraries, rounding of torch's allocator.
 RESERVED_BYTES = 3 << 29
 GPUS_PER_NODE = 8
@@ -171,7 +171,7 @@ def _given(config):
     """What the configuration says of offload beside the device, as far as it has an effect."""
     zero = config.zero_optimization
     found = {}
-    for name, keys in (("offload_optimizer", ("nvme_path", "ratio", "buffer_count")), ("offload_param", ("nvme_path", "max_in_cpu"))):
+    for name, keys in (("offload_optimizer", ("nvme_path", "ratio", "buffer_count", "super_offload")), ("offload_param", ("nvme_path", "max_in_cpu"))):
         section = getattr(zero, name)
         found[name] = {key: getattr(section, key) for key in keys if config.is_set(f"zero_optimization.{name}.{key}")}
     return found
@@ -182,7 +182,7 @@ def _extra(given, row, configured):
     kept = {}
     for name, place in (("offload_optimizer", row[1]), ("offload_param", row[2])):
         wanted = given[name] if row == configured else {k: v for k, v in given[name].items() if k in ("nvme_path", "buffer_count")}
-        kept[name] = {k: v for k, v in wanted.items() if place == "nvme" or (place == "cpu" and k == "ratio")}
+        kept[name] = {k: v for k, v in wanted.items() if place == "nvme" or (place == "cpu" and k in ("ratio", "super_offload"))}
     folder = next((section["nvme_path"] for section in given.values() if section.get("nvme_path")), None)
     for name, place in (("offload_optimizer", row[1]), ("offload_param", row[2])):
         if place == "nvme" and folder:
@@ -198,6 +198,7 @@ def _offload(row, config, is_configured):
     offload.tiles = core().step_tiles(int(zero.offload_optimizer.buffer_count), block_bytes(config.aio))
     # Another choice than the configured one is shown with all of its state elsewhere.
     offload.states_share = float(zero.offload_optimizer.ratio) if is_configured else 1.0
+    offload.ahead = is_configured and bool(zero.offload_optimizer.super_offload)
     offload.params_in_memory = int(zero.offload_param.max_in_cpu) if is_configured else 0
     return offload
 

@@ -6,7 +6,7 @@ from deepspeed.planning.plan import KINDS
 from deepspeed.planning.quantities import GIB, gib
 
 _HEADINGS = {"parameters": "param-\neters", "gradients": "grad-\nients", "master_weights": "master\nweights",
-             "optimizer_state": "optim.\nstate", "gathered_units": "gathered\nunits", "buckets": "buckets", "staging": "staging"}
+             "optimizer_state": "optim.\nstate", "updates_ahead": "in ad-\nvance", "gathered_units": "gathered\nunits", "buckets": "buckets", "staging": "staging"}
 # Columns of what rests elsewhere and of what a step moves, shown where some choice has any.
 _ELSEWHERE = (("host,\na node", "host_bytes"), ("disk,\na node", "disk_bytes"), ("sent\na step", "sent_bytes"), ("to, from\nhost", "host_link_bytes"),
               ("streamed\ndisk", "streamed_bytes"), ("mapped\ndisk", "mapped_bytes"))

@@ -6,8 +6,8 @@ def held_bytes(optimizer):
     """Bytes this rank holds now for the model that `optimizer` (what initialize() returned) steps, by kind:
 
     parameters (shards, or all of them where they are replicated), gradients (fp32 accumulators; none before the first backward),
-    master_weights, optimizer_state (none before the first step), gathered_units (buffers of units in use, free ones included) and
-    buckets (gradients on their way to the reduction). Activations are not in it.
+    master_weights, optimizer_state (none before the first step), updates_ahead (what updates beside backward make of these), gathered_units
+    (buffers of units in use, free ones included) and buckets (gradients on their way to the reduction). Activations are not in it.
     """
     managed = optimizer.managed
     held = dict(managed.store.bytes())
@@ -15,7 +15,15 @@ def held_bytes(optimizer):
     held["gradients"] = managed.reducer.accumulator_bytes()
     held["buckets"] = managed.reducer.bucket_bytes()
     held["optimizer_state"] = optimizer.stepper.state_bytes()
+    held["updates_ahead"] = _ahead_bytes(optimizer)
     return held
+
+
+def _ahead_bytes(optimizer):
+    """Masters and states once more, and the weights."""
+    states = len(getattr(optimizer.stepper, "state_names", ()))
+    return sum(4 * s.master.numel() * states + s.beside.nbytes + (0 if s.low is None else s.low.nbytes)
+               for s in optimizer.slices if s.rests and optimizer.managed.tiers.speculates)
 
 
 def _place(rest, device):
@@ -35,9 +43,8 @@ def places(optimizer):
         trained = sum(s.master.numel() for s in slices)
         rows += [("master weights", sum(s.beside.nbytes for s in slices if s.low is not None), place),
                  ("optimizer states", 4 * trained * states, place), ("gradient slices", 4 * trained, place)]
-        if rests and tiers.speculates:   # the same once more, and the weights
-            rows.append(("updates in advance", sum(4 * s.master.numel() * states + s.beside.nbytes + (0 if s.low is None else s.low.nbytes)
-                                                   for s in slices), place))
+        if rests:
+            rows.append(("updates in advance", _ahead_bytes(optimizer), place))
     if managed.shards_params:
         units = sorted((sum(managed.store.full_bytes(flat) for flat in managed.store.unit_flats(unit)) for unit in range(managed.store.units)
                         if not managed.store.is_persistent(unit)), reverse=True)

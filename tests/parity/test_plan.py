@@ -105,11 +105,15 @@ def held_by_tier(cfg):
     engine = engine_of(cfg, steps=2)
     managed, store = engine._managed, engine._managed.store.bytes()
     rest = managed.tiers.rest
-    files = {"parameters": store["parameters_in_files"], "gradients": 0, "master_weights": 0, "optimizer_state": 0}
+    files = {"parameters": store["parameters_in_files"], "gradients": 0, "master_weights": 0, "optimizer_state": 0, "updates_ahead": 0}
     for number, s in enumerate(engine.optimizer.slices):
         for kind, tensors in (("gradients", [managed.reducer.grad_slice(s.flat)]), ("optimizer_state", engine.optimizer.stepper.memory_of(number)),
                               ("master_weights", [s.beside] if s.low is not None else [])):
             files[kind] += sum(t.nbytes for t in tensors if managed.rests_elsewhere(t))
+            twice = [t for t in tensors if managed.rests_elsewhere(t) and rest is not None and rest.has_second_place(t)]
+            files["updates_ahead"] += sum(t.nbytes for t in twice)
+        if rest is not None and s.rests and rest.has_second_place(engine.optimizer.stepper.memory_of(number)[0]):
+            files["updates_ahead"] += (s.master if s.low is None else s.low).nbytes
     staging = rest.buffer_bytes if rest is not None else 0
     held = held_bytes(engine.optimizer)
     engine.destroy()
@@ -118,7 +122,8 @@ def held_by_tier(cfg):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "split"])
 @pytest.mark.parametrize("stage, optimizer, parameters", [(1, {"ratio": 1.0}, None), (2, {"buffer_count": 3}, None), (3, {}, None), (3, {"ratio": 0.4}, None),
-                                                          (3, None, {"max_in_cpu": 10**6}), (3, {}, {"max_in_cpu": 0})])
+                                                          (3, None, {"max_in_cpu": 10**6}), (3, {}, {"max_in_cpu": 0}),
+                                                          (3, {"super_offload": True, "ratio": 0.4}, {"max_in_cpu": 0})])
 def test_bytes_of_each_tier(stage, optimizer, parameters, precision, tmp_path):
     """What rests in files, what stays in memory, and the memory of the step over files."""
     sections = {name: {"device": "nvme", "nvme_path": str(tmp_path), **section}
