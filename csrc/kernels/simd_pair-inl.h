@@ -11,7 +11,7 @@
 
 #include <cstring>
 
-#include "kernels/simd_format-inl.h"
+#include "kernels/simd_stream-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace ds::kernels::HWY_NAMESPACE {
@@ -31,9 +31,10 @@ HWY_INLINE Pair get_pair(T tag, const typename T::Raw* p, int64_t count) {
   return {load_as(tag, copy), load_as(tag, copy + kLanes)};
 }
 
+// past_caches: see output.h; p is streamable then.
 template <bool kWhole, class T>
-HWY_INLINE void put_pair(T tag, const Pair& v, typename T::Raw* p, int64_t count) {
-  if (kWhole) return store_pair_as(tag, v.a, v.b, p);
+HWY_INLINE void put_pair(T tag, const Pair& v, typename T::Raw* p, int64_t count, bool past_caches = false) {
+  if (kWhole) return past_caches ? stream_pair_as(tag, v.a, v.b, p) : store_pair_as(tag, v.a, v.b, p);
   typename T::Raw copy[kPairLanes];
   store_pair_as(tag, v.a, v.b, copy);
   std::memcpy(p, copy, static_cast<size_t>(count) * sizeof(copy[0]));

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "ops/bias.h"
+#include "ops/fresh.h"
 
 namespace ds::ops {
 namespace {
@@ -30,7 +31,8 @@ Tensor bias_act_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::stri
   check(x_in, bias);
   const auto activation = activation_named(act);
   const Tensor x = x_in.contiguous();
-  Tensor y = at::empty(x.sizes(), x.options());
+  Tensor y = fresh_like(x);
+  const bool past_caches = is_past_caches(y);
   const Rows shape = rows_of(x, bias);
   const FloatVector b(bias);
   const DType dtype = to_dtype(x.scalar_type());
@@ -39,12 +41,12 @@ Tensor bias_act_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::stri
   const int64_t unit = static_cast<int64_t>(x.element_size());
   if (!bias.defined()) {
     for_chunks(shape.cols, kChunkElements, [&](int64_t, int64_t begin, int64_t end) {
-      kernels::bias_act(activation, dtype, from + begin * unit, nullptr, to + begin * unit, 1, end - begin);
+      kernels::bias_act(activation, dtype, from + begin * unit, nullptr, {to + begin * unit, past_caches}, 1, end - begin);
     });
   } else {
     for_chunks(shape.rows, rows_in_chunk(shape.cols), [&](int64_t, int64_t begin, int64_t end) {
       const int64_t at = begin * shape.cols * unit;
-      kernels::bias_act(activation, dtype, from + at, b.data(), to + at, end - begin, shape.cols);
+      kernels::bias_act(activation, dtype, from + at, b.data(), {to + at, past_caches}, end - begin, shape.cols);
     });
   }
   return y;
@@ -57,7 +59,8 @@ std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const Te
   check_like(grad_in, "grad", x_in, "x");
   const auto activation = activation_named(act);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
-  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dx = fresh_like(x);
+  const bool past_caches = is_past_caches(dx);
   const Rows shape = rows_of(x, bias);
   const DType dtype = to_dtype(x.scalar_type());
   const auto *dy = static_cast<const char*>(grad.const_data_ptr()), *from = static_cast<const char*>(x.const_data_ptr());
@@ -66,7 +69,7 @@ std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const Te
   if (!bias.defined()) {
     for_chunks(shape.cols, kChunkElements, [&](int64_t, int64_t begin, int64_t end) {
       const int64_t at = begin * unit;
-      kernels::bias_act_backward(activation, dtype, dy + at, from + at, nullptr, to + at, nullptr, 1, end - begin);
+      kernels::bias_act_backward(activation, dtype, dy + at, from + at, nullptr, {to + at, past_caches}, nullptr, 1, end - begin);
     });
     return {dx, no_gradient(x)};
   }
@@ -74,7 +77,7 @@ std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const Te
   ColumnSums sums(shape.rows, shape.cols);
   for_chunks(shape.rows, sums.chunk(), [&](int64_t index, int64_t begin, int64_t end) {
     const int64_t at = begin * shape.cols * unit;
-    kernels::bias_act_backward(activation, dtype, dy + at, from + at, b.data(), to + at, sums.part(index), end - begin, shape.cols);
+    kernels::bias_act_backward(activation, dtype, dy + at, from + at, b.data(), {to + at, past_caches}, sums.part(index), end - begin, shape.cols);
   });
   return {dx, sums.join(bias)};
 }

@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 
@@ -106,6 +107,7 @@ void for_chunks(int64_t n, int64_t chunk, F&& body) {
   const int64_t chunks = chunks_of(n, chunk);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) body(c, c * chunk, std::min(n, (c + 1) * chunk));
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // see kernels/output.h
   };
   if (chunks <= 1 || at::get_num_threads() == 1) return run(0, chunks);
   at::parallel_for(0, chunks, 1, run);

@@ -13,6 +13,7 @@
 #include "kernels/dropout/dropout.h"
 #include "ops/activation.h"
 #include "ops/bias.h"
+#include "ops/fresh.h"
 
 #ifdef DS_WITH_CUDA
 #include <ATen/cuda/CUDAGeneratorImpl.h>
@@ -94,7 +95,8 @@ Two dropout_add_backward_cpu(const Tensor& grad_in, const OptionalTensor& bias_i
   const Tensor bias = value_or_undefined(bias_in);
   check_backward(grad_in, bias, p, state);
   const Tensor grad = grad_in.contiguous();
-  Tensor dx = at::empty(grad.sizes(), grad.options());
+  Tensor dx = fresh_like(grad);
+  const bool past_caches = is_past_caches(dx);
   const DType dtype = to_dtype(grad.scalar_type());
   const auto dropout = dropout_of(p, state);
   const auto* from = static_cast<const char*>(grad.const_data_ptr());
@@ -106,7 +108,7 @@ Two dropout_add_backward_cpu(const Tensor& grad_in, const OptionalTensor& bias_i
   for_chunks(shape.rows, chunk, [&](int64_t index, int64_t begin, int64_t end) {
     const int64_t at = begin * shape.cols * unit;
     float* part = bias.defined() ? sums.part(index) : nullptr;
-    kernels::dropout_add_backward(dtype, from + at, to + at, part, dropout, begin, end - begin, shape.cols);
+    kernels::dropout_add_backward(dtype, from + at, {to + at, past_caches}, part, dropout, begin, end - begin, shape.cols);
   });
   return {dx, bias.defined() ? sums.join(bias) : no_gradient(grad)};
 }

@@ -8,11 +8,13 @@
 namespace ds::ops {
 namespace {
 
-// Smaller blocks mostly are malloc's own and have been written before.
-constexpr size_t kAdvisedBytes = 2 * platform::kHugePageBytes;
+// Smaller blocks mostly are malloc's own and have been written before; and they may stay in a cache until they are read.
+constexpr size_t kLargeBytes = 2 * platform::kHugePageBytes;
+
+bool is_large(const at::Tensor& t) { return t.device().is_cpu() && t.nbytes() >= kLargeBytes; }
 
 at::Tensor advised(at::Tensor t) {
-  if (t.device().is_cpu() && t.nbytes() >= kAdvisedBytes) platform::advise_huge_pages(t.data_ptr(), t.nbytes());
+  if (is_large(t)) platform::advise_huge_pages(t.data_ptr(), t.nbytes());
   return t;
 }
 
@@ -21,5 +23,7 @@ at::Tensor advised(at::Tensor t) {
 at::Tensor fresh_like(const at::Tensor& t) { return fresh(t.sizes(), t.options()); }
 
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) { return advised(at::empty(sizes, options)); }
+
+bool is_past_caches(const at::Tensor& t) { return is_large(t); }
 
 }  // namespace ds::ops

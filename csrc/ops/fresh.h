@@ -12,4 +12,8 @@ namespace ds::ops {
 at::Tensor fresh_like(const at::Tensor& t);
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// Whether a CPU kernel writes this output past the caches (kernels/output.h): from 4 MiB on. With its inputs it then fills a good part of the
+// last cache, which others share; a reader that comes at once finds it in memory as quickly as the writer was quicker (measured for softmax).
+bool is_past_caches(const at::Tensor& t);
+
 }  // namespace ds::ops

@@ -18,7 +18,6 @@ using kernels::MaskView;
 using kernels::SoftmaxRows;
 
 constexpr int64_t kRowsElements = 32768;  // a thread's piece of work, in whole rows
-constexpr size_t kPastCachesBytes = size_t{16} << 20;
 
 void check_mask(const at::Tensor& x, const at::Tensor& mask) {
   check_device(mask, "mask", x, "x");
@@ -80,12 +79,12 @@ MaskView view_of(at::Tensor& expanded) {
   return view;
 }
 
-// Chunks of rows from both ends in turn: early rows of a causal matrix are short, so threads get equal shares.
+// Chunks of rows; of causal matrices from both ends in turn: their early rows are short, so threads get equal shares.
 template <typename F>
 void for_rows(const SoftmaxRows& s, int64_t rows, F&& body) {
   const int64_t chunk = std::max<int64_t>(1, kRowsElements / s.columns), chunks = chunks_of(rows, chunk);
   for_chunks(chunks, 1, [&](int64_t, int64_t index, int64_t) {
-    const int64_t c = index % 2 == 0 ? index / 2 : chunks - 1 - index / 2;
+    const int64_t c = s.queries == 0 ? index : index % 2 == 0 ? index / 2 : chunks - 1 - index / 2;
     body(c * chunk, std::min(rows, (c + 1) * chunk));
   });
 }
@@ -116,7 +115,7 @@ struct Backward {
     y = y_.contiguous();
     TORCH_CHECK_VALUE(!in_place || at::get_overlap_status(grad, y) == at::MemOverlapStatus::No, "grad and y must not overlap");
     dx = in_place ? grad : fresh_like(y);
-    s.past_caches = !in_place && dx.nbytes() >= kPastCachesBytes;
+    s.past_caches = !in_place && is_past_caches(dx);
   }
   int64_t rows() const { return y.numel() / s.columns; }
 };

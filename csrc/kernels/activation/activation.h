@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "kernels/output.h"
 
 typedef struct CUstream_st* cudaStream_t;
 
@@ -21,10 +22,10 @@ namespace ds::kernels {
 enum class Activation { GeluErf, GeluTanh, Silu, Relu };
 
 // y[r][c] = act(x[r][c] + bias[c]); `bias` is nullable.
-void bias_act(Activation act, DType dtype, const void* x, const float* bias, void* y, int64_t rows, int64_t cols);
+void bias_act(Activation act, DType dtype, const void* x, const float* bias, Output y, int64_t rows, int64_t cols);
 
 // dx = dy * act'(x + bias).
-void bias_act_backward(Activation act, DType dtype, const void* dy, const void* x, const float* bias, void* dx, float* dbias, int64_t rows,
+void bias_act_backward(Activation act, DType dtype, const void* dy, const void* x, const float* bias, Output dx, float* dbias, int64_t rows,
                        int64_t cols);
 
 // The two inputs; rows of both lie `stride` elements apart (cols for two tensors, 2 * cols for the halves of one). The biases are nullable

@@ -83,10 +83,11 @@ struct ForwardRow {
   const typename T::Raw* x;
   const float* bias;
   typename T::Raw* y;
+  bool past_caches;
   template <bool kWhole>
   HWY_INLINE void pair(int64_t i, int64_t n) const {
     const Pair in = get_biased<kWhole, kBias, T>(x + i, get_bias<kWhole, kBias>(bias, i, n), n);
-    put_pair<kWhole>(T{}, Pair{A::at(in.a).value, A::at(in.b).value}, y + i, n);
+    put_pair<kWhole>(T{}, Pair{A::at(in.a).value, A::at(in.b).value}, y + i, n, past_caches);
   }
 };
 
@@ -97,6 +98,7 @@ struct BackwardRows {
   typename T::Raw* dx;
   float* dbias;
   int64_t cols;
+  bool past_caches;
   template <bool kWhole>
   HWY_INLINE void pair(int64_t i, int64_t n) const {
     const Pair b = get_bias<kWhole, kBias>(bias, i, n);
@@ -106,7 +108,7 @@ struct BackwardRows {
       const Pair in = get_biased<kWhole, kBias, T>(x + at, b, n);
       const Pair grad = get_pair<kWhole>(T{}, dy + at, n);
       const Pair out = {hn::Mul(grad.a, A::at(in.a).slope), hn::Mul(grad.b, A::at(in.b).slope)};
-      put_pair<kWhole>(T{}, out, dx + at, n);
+      put_pair<kWhole>(T{}, out, dx + at, n, past_caches);
       sum = {hn::Add(sum.a, out.a), hn::Add(sum.b, out.b)};
     }
     if (kBias && dbias != nullptr) add_to<kWhole>(sum, dbias + i, n);
@@ -182,27 +184,30 @@ void with_activation(Activation act, DType dtype, bool has_bias, const F& f) {
 }
 
 template <class A, class T, bool kBias>
-HWY_NOINLINE void forward_loop(const void* x, const float* bias, void* y, int64_t rows, int64_t cols) {
+HWY_NOINLINE void forward_loop(const void* x, const float* bias, Output y, int64_t rows, int64_t cols) {
   using Raw = typename T::Raw;
   for (int64_t r = 0; r < rows; ++r) {
-    for_pairs(ForwardRow<A, T, kBias>{static_cast<const Raw*>(x) + r * cols, bias, static_cast<Raw*>(y) + r * cols}, cols);
+    Raw* out = static_cast<Raw*>(y.data) + r * cols;
+    for_pairs(ForwardRow<A, T, kBias>{static_cast<const Raw*>(x) + r * cols, bias, out, y.past_caches && is_streamable(out)}, cols);
   }
 }
 
 template <class A, class T, bool kBias, int kRows>
-HWY_INLINE int64_t backward_rows(const void* dy, const void* x, const float* bias, void* dx, float* dbias, int64_t r, int64_t rows,
+HWY_INLINE int64_t backward_rows(const void* dy, const void* x, const float* bias, Output dx, float* dbias, int64_t r, int64_t rows,
                                  int64_t cols) {
   using Raw = typename T::Raw;
   for (; r + kRows <= rows; r += kRows) {
     const int64_t at = r * cols;
-    for_pairs(BackwardRows<A, T, kBias, kRows>{static_cast<const Raw*>(dy) + at, static_cast<const Raw*>(x) + at, bias,
-                                               static_cast<Raw*>(dx) + at, dbias, cols}, cols);
+    Raw* out = static_cast<Raw*>(dx.data) + at;
+    const bool past_caches = dx.past_caches && is_streamable(out) && (kRows == 1 || is_streamable(out + cols));
+    for_pairs(BackwardRows<A, T, kBias, kRows>{static_cast<const Raw*>(dy) + at, static_cast<const Raw*>(x) + at, bias, out, dbias, cols,
+                                               past_caches}, cols);
   }
   return r;
 }
 
 template <class A, class T, bool kBias>
-HWY_NOINLINE void backward_loop(const void* dy, const void* x, const float* bias, void* dx, float* dbias, int64_t rows, int64_t cols) {
+HWY_NOINLINE void backward_loop(const void* dy, const void* x, const float* bias, Output dx, float* dbias, int64_t rows, int64_t cols) {
   int64_t r = 0;
   if (kBias) r = backward_rows<A, T, kBias, kRowsAtOnce>(dy, x, bias, dx, dbias, r, rows, cols);
   backward_rows<A, T, kBias, 1>(dy, x, bias, dx, dbias, r, rows, cols);
@@ -238,13 +243,13 @@ HWY_NOINLINE void gated_backward_loop(const GatedInput& in, const void* dy, cons
   gated_backward_rows<A, T, kBias, 1>(in, dy, out, r, rows, cols);
 }
 
-void BiasAct(Activation act, DType dtype, const void* x, const float* bias, void* y, int64_t rows, int64_t cols) {
+void BiasAct(Activation act, DType dtype, const void* x, const float* bias, Output y, int64_t rows, int64_t cols) {
   with_activation(act, dtype, bias != nullptr, [&](auto tag, auto a, auto has_bias) {
     forward_loop<decltype(a), decltype(tag), has_bias.value>(x, bias, y, rows, cols);
   });
 }
 
-void BiasActBackward(Activation act, DType dtype, const void* dy, const void* x, const float* bias, void* dx, float* dbias, int64_t rows,
+void BiasActBackward(Activation act, DType dtype, const void* dy, const void* x, const float* bias, Output dx, float* dbias, int64_t rows,
                      int64_t cols) {
   with_activation(act, dtype, bias != nullptr, [&](auto tag, auto a, auto has_bias) {
     backward_loop<decltype(a), decltype(tag), has_bias.value>(dy, x, bias, dx, dbias, rows, cols);
@@ -293,14 +298,14 @@ void clear(float* sums, int64_t cols) {
 
 }  // namespace
 
-void bias_act(Activation act, DType dtype, const void* x, const float* bias, void* y, int64_t rows, int64_t cols) {
-  if (!check_rows(rows, cols, {{x, "x"}, {y, "y"}})) return;
+void bias_act(Activation act, DType dtype, const void* x, const float* bias, Output y, int64_t rows, int64_t cols) {
+  if (!check_rows(rows, cols, {{x, "x"}, {y.data, "y"}})) return;
   HWY_DYNAMIC_DISPATCH(BiasAct)(act, dtype, x, bias, y, rows, cols);
 }
 
-void bias_act_backward(Activation act, DType dtype, const void* dy, const void* x, const float* bias, void* dx, float* dbias, int64_t rows,
+void bias_act_backward(Activation act, DType dtype, const void* dy, const void* x, const float* bias, Output dx, float* dbias, int64_t rows,
                        int64_t cols) {
-  const bool any = check_rows(rows, cols, {{dy, "dy"}, {x, "x"}, {dx, "dx"}});
+  const bool any = check_rows(rows, cols, {{dy, "dy"}, {x, "x"}, {dx.data, "dx"}});
   check_sums(bias, dbias, "dbias");
   clear(dbias, cols);
   if (any) HWY_DYNAMIC_DISPATCH(BiasActBackward)(act, dtype, dy, x, bias, dx, dbias, rows, cols);

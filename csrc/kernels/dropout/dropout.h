@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "kernels/output.h"
 
 typedef struct CUstream_st* cudaStream_t;
 
@@ -25,7 +26,7 @@ void dropout_add(DType dtype, const void* x, const float* bias, const void* resi
                  int64_t rows, int64_t cols);
 
 // dx = the mask times dy; the residual's gradient is dy itself. dbias (nullable) is overwritten with the sum over these rows.
-void dropout_add_backward(DType dtype, const void* dy, void* dx, float* dbias, const Dropout& dropout, int64_t first_row, int64_t rows,
+void dropout_add_backward(DType dtype, const void* dy, Output dx, float* dbias, const Dropout& dropout, int64_t first_row, int64_t rows,
                           int64_t cols);
 
 // Plain scalar loops in float64, rounded once.

@@ -60,11 +60,12 @@ struct DropoutBackwardPiece {
   const typename T::Raw* dy;
   typename T::Raw* dx;
   float* dbias;
+  bool past_caches;
   template <bool kWhole>
   HWY_INLINE void pair(int64_t i, int64_t n) const {
     const Pair grad = get_pair<kWhole>(T{}, dy + i, n);
     const Pair out = {mask(grad.a, i), mask(grad.b, i + kLanes)};
-    put_pair<kWhole>(T{}, out, dx + i, n);
+    put_pair<kWhole>(T{}, out, dx + i, n, past_caches);
     if (kBias) {
       const Pair old = get_pair<kWhole>(F32{}, dbias + i, n);
       put_pair<kWhole>(F32{}, Pair{hn::Add(old.a, out.a), hn::Add(old.b, out.b)}, dbias + i, n);
@@ -108,11 +109,12 @@ struct MakeDropoutAdd {
 template <class T, bool kBias>
 struct MakeDropoutBackward {
   const void* dy;
-  void* dx;
+  Output dx;
   float* dbias;
   HWY_INLINE DropoutBackwardPiece<T, kBias> operator()(const Mask& mask, int64_t at, int64_t column) const {
     using Raw = typename T::Raw;
-    return {mask, static_cast<const Raw*>(dy) + at, static_cast<Raw*>(dx) + at, kBias ? dbias + column : nullptr};
+    Raw* out = static_cast<Raw*>(dx.data) + at;
+    return {mask, static_cast<const Raw*>(dy) + at, out, kBias ? dbias + column : nullptr, dx.past_caches && is_streamable(out)};
   }
 };
 
@@ -128,7 +130,7 @@ void DropoutAdd(DType dtype, const void* x, const float* bias, const void* resid
   });
 }
 
-void DropoutAddBackward(DType dtype, const void* dy, void* dx, float* dbias, const Dropout& dropout, int64_t first_row, int64_t rows,
+void DropoutAddBackward(DType dtype, const void* dy, Output dx, float* dbias, const Dropout& dropout, int64_t first_row, int64_t rows,
                         int64_t cols) {
   dispatch_float(dtype, "dy", [&](auto tag) {
     using T = decltype(tag);
@@ -167,9 +169,9 @@ void dropout_add(DType dtype, const void* x, const float* bias, const void* resi
   HWY_DYNAMIC_DISPATCH(DropoutAdd)(dtype, x, bias, residual, y, dropout, first_row, rows, cols);
 }
 
-void dropout_add_backward(DType dtype, const void* dy, void* dx, float* dbias, const Dropout& dropout, int64_t first_row, int64_t rows,
+void dropout_add_backward(DType dtype, const void* dy, Output dx, float* dbias, const Dropout& dropout, int64_t first_row, int64_t rows,
                           int64_t cols) {
-  const bool any = check_rows(first_row, rows, cols, dropout, {{dy, "dy"}, {dx, "dx"}});
+  const bool any = check_rows(first_row, rows, cols, dropout, {{dy, "dy"}, {dx.data, "dx"}});
   if (dbias != nullptr) std::fill_n(dbias, cols, 0.0f);
   if (any) HWY_DYNAMIC_DISPATCH(DropoutAddBackward)(dtype, dy, dx, dbias, dropout, first_row, rows, cols);
 }

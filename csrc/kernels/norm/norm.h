@@ -49,6 +49,7 @@ struct NormBackward {
   const float* mean;
   const float* rstd;
   void* dx;  // with a residual: the gradient of both summands
+  bool past_caches = false;  // CPU, of dx: see kernels/output.h
 };
 
 // Rows [begin, end). dweight and dbias: [columns], added to. Layer norm takes both or neither, RMS norm has no dbias.

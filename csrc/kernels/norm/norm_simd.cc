@@ -14,7 +14,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
-#include "kernels/simd_format-inl.h"
+#include "kernels/simd_stream-inl.h"
 
 // A lambda of a vector loop: compiled for the target and always part of the loop.
 #define DS_BODY HWY_ATTR __attribute__((always_inline))
@@ -68,13 +68,15 @@ HWY_INLINE void sweep(int64_t n, const Body& body) {
   if (i < n) body(Chain<1>(), i, n - i);
 }
 
-// out[i...] = value(i, lanes) for every vector of [0, n).
-template <class T, class Value>
+// out[i...] = value(i, lanes) for every vector of [0, n). kPast: written past the caches.
+template <bool kPast = false, class T, class Value>
 HWY_INLINE void fill(T tag, typename T::Raw* out, int64_t n, const Value& value) {
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const V first = value(i, Full());
-    store_pair_as(tag, first, value(i + kLanes, Full()), out + i);
+    const V second = value(i + kLanes, Full());
+    if constexpr (kPast) stream_pair_as(tag, first, second, out + i);
+    else store_pair_as(tag, first, second, out + i);
   }
   for (; i + kLanes <= n; i += kLanes) store_as(tag, value(i, Full()), out + i);
   if (i < n) store(tag, value(i, n - i), out + i, n - i);
@@ -251,29 +253,25 @@ HWY_INLINE BackwardRow<Raw> backward_row(const NormBackward& a, int64_t row) {
           kNorm == Norm::Layer ? a.mean[row] : 0.0f, a.rstd[row]};
 }
 
+// Times rstd it is the normalised row. Where h is close to the mean the difference is exact.
 template <Norm kNorm>
-HWY_INLINE V normal(V h, V mean, V rstd) {
-  return hn::Mul(kNorm == Norm::Layer ? hn::Sub(h, mean) : h, rstd);
+HWY_INLINE V centred(V h, V mean) {
+  return kNorm == Norm::Layer ? hn::Sub(h, mean) : h;
 }
 
-// dx of a row from the mean of its gradient g = dy * weight and the mean of g times the normalised row.
-template <class T, Norm kNorm, bool kWeight, bool kHints, bool kHasDh>
+// dx of a row from the mean of its gradient g = dy * weight and `along`, the mean of g times the normalised row:
+// (g - mean of g - along * rstd * (h - mean)) * rstd.
+template <class T, Norm kNorm, bool kWeight, bool kHints, bool kHasDh, bool kPast>
 HWY_INLINE void write_dx(T tag, const BackwardRow<typename T::Raw>& r, const float* weight, int64_t n, float grad_mean, float along,
                          int64_t ahead) {
-  const V mean = set(r.mean), rstd = set(r.rstd), minus_along = set(-along), minus_grad_mean = set(-grad_mean);
-  fill(tag, r.dx, n, [&](int64_t i, auto lanes) DS_BODY {
+  const V mean = set(r.mean), rstd = set(r.rstd), slope = set(-along * r.rstd), minus_grad_mean = set(-grad_mean);
+  fill<kPast>(tag, r.dx, n, [&](int64_t i, auto lanes) DS_BODY {
     if constexpr (kHints) prefetch(r.dy + ahead + i);
     if constexpr (kHints) prefetch(r.h + ahead + i);
-    V g = load(tag, r.dy + i, lanes);
-    const V x = normal<kNorm>(load(tag, r.h + i, lanes), mean, rstd);
-    if constexpr (kWeight && kNorm == Norm::Layer) {
-      g = hn::MulAdd(g, load(F32{}, weight + i, lanes), minus_grad_mean);
-    } else if constexpr (kWeight) {
-      g = hn::Mul(g, load(F32{}, weight + i, lanes));
-    } else if constexpr (kNorm == Norm::Layer) {
-      g = hn::Add(g, minus_grad_mean);
-    }
-    g = hn::MulAdd(x, minus_along, g);
+    const V dy = load(tag, r.dy + i, lanes), h = centred<kNorm>(load(tag, r.h + i, lanes), mean);
+    V g = kNorm == Norm::Layer ? hn::MulAdd(h, slope, minus_grad_mean) : hn::Mul(h, slope);
+    if constexpr (kWeight) g = hn::MulAdd(dy, load(F32{}, weight + i, lanes), g);
+    else g = hn::Add(dy, g);
     return kHasDh ? hn::MulAdd(g, rstd, load(tag, r.dh + i, lanes)) : hn::Mul(g, rstd);
   });
 }
@@ -289,17 +287,17 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
   V mean[kRows], rstd[kRows], grads[kRows], alongs[kRows];
   for (int r = 0; r < kRows; ++r) {
     rows[r] = backward_row<Raw, kNorm>(a, first + r);
-    mean[r] = set(rows[r].mean);
     rstd[r] = set(rows[r].rstd);
+    mean[r] = set(rows[r].mean);
     grads[r] = alongs[r] = hn::Zero(FloatTag());
   }
   const auto body = [&](int64_t i, auto lanes) DS_BODY {
     V weight, of_weight = set(0.0f), of_bias = set(0.0f);
     if constexpr (kWeight) weight = load(F32{}, a.weight + i, lanes);
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kHints) prefetch_to_write(rows[r].dx + i);
+      if constexpr (kHints) prefetch_to_write(a.past_caches ? rows[r].dy + i : rows[r].dx + i);
       const V dy = load(tag, rows[r].dy + i, lanes);
-      const V x = normal<kNorm>(load(tag, rows[r].h + i, lanes), mean[r], rstd[r]);
+      const V x = hn::Mul(centred<kNorm>(load(tag, rows[r].h + i, lanes), mean[r]), rstd[r]);
       const V g = kWeight ? hn::Mul(dy, weight) : dy;  // zero behind the end
       if constexpr (kNorm == Norm::Layer) grads[r] = hn::Add(grads[r], g);
       alongs[r] = hn::MulAdd(g, x, alongs[r]);
@@ -318,8 +316,14 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
   for (int r = 0; r < kRows; ++r) {
     const float grad_mean = add_lanes(grads[r]) * share, along = add_lanes(alongs[r]) * share;
     const int64_t ahead = last ? 0 : kRows * n;
-    a.dh != nullptr ? write_dx<T, kNorm, kWeight, kHints, true>(tag, rows[r], a.weight, n, grad_mean, along, ahead)
-                    : write_dx<T, kNorm, kWeight, kHints, false>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
+    const auto write = [&](auto has_dh) DS_BODY {
+      if (a.past_caches && is_streamable(rows[r].dx)) {
+        write_dx<T, kNorm, kWeight, kHints, has_dh.value, true>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
+      } else {
+        write_dx<T, kNorm, kWeight, kHints, has_dh.value, false>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
+      }
+    };
+    a.dh != nullptr ? write(std::true_type()) : write(std::false_type());
   }
 }
 

@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "kernels/simd_exp-inl.h"
+#include "kernels/simd_stream-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace ds::kernels::HWY_NAMESPACE {
@@ -75,16 +76,10 @@ HWY_INLINE void store_two(BF16, V a, V b, uint16_t* p) {
 }
 #endif
 
-// store_two past the caches, for arrays larger than they are: the lines are not read first. p is aligned to kStreamBytes; hwy::FlushStream()
-// must follow before another thread looks. (float16 is written as ever.)
-constexpr int64_t kStreamBytes = 64;
+// store_two past the caches, see output.h; p is streamable.
 template <class T>
 HWY_INLINE void stream_two(T tag, V a, V b, typename T::Raw* p) {
-  store_two(tag, a, b, p);
-}
-HWY_INLINE void stream_two(F32, V a, V b, float* p) {
-  hn::Stream(a, FloatTag(), p);
-  hn::Stream(b, FloatTag(), p + kLanes);
+  stream_pair_as(tag, a, b, p);
 }
 #if HWY_TARGET != HWY_SCALAR && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 HWY_INLINE void stream_two(BF16, V a, V b, uint16_t* p) { hn::Stream(two_in_words(a, b), hn::ScalableTag<uint16_t>(), p); }

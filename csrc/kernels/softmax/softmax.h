@@ -33,7 +33,7 @@ struct SoftmaxRows {
   int64_t columns = 0;
   float scale = 1.0f;
   int64_t queries = 0;  // causal: how many rows make one matrix, whose last row sees every column; 0: not causal
-  bool past_caches = false;  // CPU: dx is so large that whoever reads it will not find it in a cache: it is written to memory directly
+  bool past_caches = false;  // CPU, of dx: see output.h
 };
 
 #ifdef __CUDACC__

@@ -12,7 +12,6 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/softmax/softmax_simd.cc"
 #include "hwy/foreach_target.h"
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 
 #include "kernels/softmax/rows-inl.h"
@@ -131,7 +130,7 @@ HWY_INLINE float dot_row(T tag, const typename T::Raw* a, const typename T::Raw*
   return sum_lanes(hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3])));
 }
 
-// kPast: dx is written past the caches; it is aligned to kStreamBytes.
+// kPast: dx is written past the caches.
 template <bool kPast, class T>
 HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, float scale, int64_t n) {
   const V dot = hn::Set(FloatTag(), dot_row(tag, dy, y, n)), s = hn::Set(FloatTag(), scale);
@@ -161,7 +160,7 @@ void SoftmaxBackward(void* dx, const void* dy, const void* y, DType dtype, const
       const int64_t visible = visible_columns(s, r), at = r * s.columns;
       auto* out = static_cast<Raw*>(dx) + at;
       auto *grad = static_cast<const Raw*>(dy) + at, *p = static_cast<const Raw*>(y) + at;
-      if (s.past_caches && reinterpret_cast<uintptr_t>(out) % kStreamBytes == 0) {
+      if (s.past_caches && is_streamable(out)) {
         gradient_row<true>(tag, out, grad, p, s.scale, visible);
       } else {
         gradient_row<false>(tag, out, grad, p, s.scale, visible);
@@ -169,7 +168,6 @@ void SoftmaxBackward(void* dx, const void* dy, const void* y, DType dtype, const
       std::fill(out + visible, out + s.columns, Raw{0});
     }
   });
-  if (s.past_caches) hwy::FlushStream();
 }
 
 }  // namespace ds::kernels::HWY_NAMESPACE

@@ -136,6 +136,11 @@ TEST(BiasAct, IsTheReference) {
           bias_act_backward_ref(act, dtype, dy.data(), x.data(), b, want_dx.data(), want_sums.floats(), rows, cols);
           for (int64_t i = 0; i < n; ++i) expect_near(dx, want_dx, i, 2.0 * std::abs(dy.get(i)));
           EXPECT_TRUE(dx.guards_intact());
+          Array past_y(dtype, n, offset), past_dx(dtype, n, 2 * offset);
+          bias_act(act, dtype, x.data(), b, {past_y.data(), true}, rows, cols);
+          bias_act_backward(act, dtype, dy.data(), x.data(), b, {past_dx.data(), true}, nullptr, rows, cols);
+          EXPECT_SAME(past_y, y);
+          EXPECT_SAME(past_dx, dx);
           if (has_bias) expect_sums(sums, want_sums, dtype, rows, cols, 2.0 * 2.0);
           bias_act(act, dtype, x.data(), b, x.data(), rows, cols);  // in place
           EXPECT_SAME(x, y);

@@ -34,6 +34,9 @@ TEST(DropoutAdd, IsTheReference) {
             ASSERT_NEAR(dx.get(i), want_dx.get(i), eps_of(dtype) * std::abs(want_dx.get(i)));  // zero exactly where the mask is
           }
           EXPECT_TRUE(dx.guards_intact());
+          Array past(dtype, n, offset);
+          dropout_add_backward(dtype, residual.data(), {past.data(), true}, nullptr, dropout, first_row, rows, cols);
+          EXPECT_SAME(past, dx);
           for (int64_t c = 0; has_bias && c < cols; ++c) ASSERT_NEAR(sums.get(c), want_sums.get(c), rows * rows * 4 * 0x1p-23);
           EXPECT_TRUE(sums.guards_intact());
         }

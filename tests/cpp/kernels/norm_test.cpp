@@ -89,6 +89,12 @@ void compare(const Case& c) {
                 gradients ? grad_got.dbias_or_null() : nullptr);
   norm_backward_ref(grad_want.backward(), 0, c.rows, gradients ? grad_want.dweight.floats() : nullptr,
                     gradients ? grad_want.dbias_or_null() : nullptr);
+  NormBackward past = grad_got.backward();
+  Array past_dx(c.dtype, n, c.offset);
+  past.dx = past_dx.data();
+  past.past_caches = true;
+  norm_backward(past, 0, c.rows, nullptr, nullptr);
+  EXPECT_SAME(past_dx, grad_got.dx);
   double steepest = 1.0;  // terms of dx are at most |dy| |weight| rstd max|normal|^2
   for (int64_t r = 0; r < c.rows; ++r) steepest = std::max<double>(steepest, want.rstd.get(r));
   const double normal = static_cast<double>(largest) + 2;
