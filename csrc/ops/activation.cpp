@@ -31,7 +31,7 @@ Tensor bias_act_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::stri
   check(x_in, bias);
   const auto activation = activation_named(act);
   const Tensor x = x_in.contiguous();
-  Tensor y = fresh_like(x);
+  Tensor y = at::empty(x.sizes(), x.options());
   const bool past_caches = is_past_caches(y);
   const Rows shape = rows_of(x, bias);
   const FloatVector b(bias);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const Te
   check_like(grad_in, "grad", x_in, "x");
   const auto activation = activation_named(act);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
-  Tensor dx = fresh_like(x);
+  Tensor dx = at::empty(x.sizes(), x.options());
   const bool past_caches = is_past_caches(dx);
   const Rows shape = rows_of(x, bias);
   const DType dtype = to_dtype(x.scalar_type());

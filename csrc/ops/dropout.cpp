@@ -95,7 +95,7 @@ Two dropout_add_backward_cpu(const Tensor& grad_in, const OptionalTensor& bias_i
   const Tensor bias = value_or_undefined(bias_in);
   check_backward(grad_in, bias, p, state);
   const Tensor grad = grad_in.contiguous();
-  Tensor dx = fresh_like(grad);
+  Tensor dx = at::empty(grad.sizes(), grad.options());
   const bool past_caches = is_past_caches(dx);
   const DType dtype = to_dtype(grad.scalar_type());
   const auto dropout = dropout_of(p, state);

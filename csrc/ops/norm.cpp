@@ -142,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(const NormGradI
   const at::Tensor dh = in.dh.defined() ? in.dh.contiguous() : at::Tensor(), rstd = in.rstd.contiguous();
   const at::Tensor weight = widened(in.weight, in.weight_offset);
   const int64_t rows = rows_of(h), columns = h.size(-1);
-  const at::Tensor dx = fresh_like(h);
+  const at::Tensor dx = at::empty(h.sizes(), h.options());
   const auto parameters = h.options().dtype(in.parameter_dtype.value_or(at::kFloat));
   const bool wanted = in.parameter_dtype.has_value(), layer = in.norm == Norm::Layer;
   const kernels::NormBackward arguments{in.norm, to_dtype(h.scalar_type()), columns, data(dy), data(dh), data(h), floats(weight),
