@@ -340,6 +340,7 @@ void bind_rest(py::module_& m) {
            py::arg("folder"), py::arg("buffers"), py::arg("tile_bytes"), py::arg("block_bytes"), py::arg("queue_depth"), py::arg("threads"),
            py::arg("apart") = false, py::arg("pinned") = false, py::arg("second_places") = false, py::arg("most_in_memory") = 0,
            Release())
+      .def("set_aside", &FileRest::set_aside, Release())
       .def_property_readonly("folder", [](const FileRest& r) { return r.file().folder(); })
       .def_property_readonly("bytes", [](const FileRest& r) { return r.file().bytes(); })
       .def_property_readonly("buffer_bytes", &FileRest::buffer_bytes)

@@ -28,13 +28,25 @@ std::shared_ptr<void> TierFile::allocate(int64_t bytes, bool second_place) {
   const int64_t size = round_up(std::max<int64_t>(bytes, 1), kAlign);
   const std::lock_guard<std::mutex> lock(mutex_);
   const int64_t total = second_place ? 2 * size : size;
-  file_->file().reserve(end_, total);
+  ensure_space(end_ + total);
   void* data = ::mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file_->file().fd(), end_);
   if (data == MAP_FAILED) DS_FAIL_FILE("mapping " + std::to_string(size) + " bytes", file_->path(), errno);
   ::madvise(data, static_cast<size_t>(size), MADV_DONTDUMP);
   ranges_[static_cast<char*>(data)] = {end_, size, second_place ? end_ + size : -1};
   end_ += total;
   return {data, [self = shared_from_this()](void* p) { self->free(static_cast<char*>(p)); }};
+}
+
+void TierFile::set_aside(int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ensure_space(end_ + bytes);
+}
+
+void TierFile::ensure_space(int64_t end) {
+  const int64_t begin = std::max(end_, space_end_);
+  if (end <= begin) return;
+  file_->file().reserve(begin, end - begin);
+  space_end_ = end;
 }
 
 void TierFile::free(char* data) {

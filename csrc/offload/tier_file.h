@@ -33,6 +33,9 @@ class TierFile : public std::enable_shared_from_this<TierFile> {
   // which keeps the file.
   std::shared_ptr<void> allocate(int64_t bytes, bool second_place = false);
 
+  // So much disk space for ranges to come, in whole pages each: FileError when there is none.
+  void set_aside(int64_t bytes);
+
   // Where the range that `data` points into has it in the file; nothing when no range has.
   std::optional<int64_t> offset_of(const void* data) const;
   // The same in the range's second place; nothing when it has none.
@@ -57,6 +60,8 @@ class TierFile : public std::enable_shared_from_this<TierFile> {
   };
   TierFile(const std::string& folder, const io::EngineOptions& options);
   void free(char* data);
+  // The file's space reaches up to `end`; the lock is held.
+  void ensure_space(int64_t end);
   // The range that an address lies in and how far; the lock is held.
   std::optional<std::pair<Range, int64_t>> find(const void* data) const;
 
@@ -66,6 +71,7 @@ class TierFile : public std::enable_shared_from_this<TierFile> {
   mutable std::mutex mutex_;
   std::map<char*, Range> ranges_;   // by address
   int64_t end_ = 0;
+  int64_t space_end_ = 0;   // disk space is set aside up to here
 };
 
 }  // namespace ds::offload

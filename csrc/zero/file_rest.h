@@ -34,6 +34,7 @@ class FileRest : public optim::SliceRest {
   void leave_all() override { file_->leave_all(); }
   void stream(const std::vector<Job>& jobs, const Work& work, Into into = Into::Place) override;
 
+  void set_aside(int64_t bytes) { file_->set_aside(bytes); }
   const offload::TierFile& file() const { return *file_; }
   int64_t buffer_bytes() const { return stream_.buffer_bytes(); }   // now
   int64_t stream_bytes() const { return kMostArrays * options_.buffers * options_.tile_bytes; }   // at most

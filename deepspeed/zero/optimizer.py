@@ -21,6 +21,7 @@ _FOR_STATE = (*_FOR_SLICE["fp32"], *_FOR_SLICE["state"])
 
 
 _MESSAGE_BYTES = 1000
+_PAGE_BYTES = 4096
 
 
 class DeepSpeedOptimizer:
@@ -115,6 +116,8 @@ class ShardedOptimizer(ZeROOptimizer):
         self._speculates = managed.tiers.speculates and isinstance(self.stepper, FusedStep) and managed.transports.replicate is None
         if self._speculates:
             managed.reducer.speculate_with(self.stepper.native, {s.flat: number for number, s in enumerate(self.slices)})
+        if hasattr(rest, "folder"):
+            rest.set_aside(self._file_bytes_to_come())
         managed.optimizer = self
         optimizer.add_param_group = self.add_param_group   # the basic optimizer's own would take what nothing steps
 
@@ -155,6 +158,14 @@ class ShardedOptimizer(ZeROOptimizer):
                 s.segments.append(SliceSegment(begin, numel, group_of[id(parameter)], index, proxy))
             slices.append(s)
         return slices
+
+    def _file_bytes_to_come(self):
+        """Of gradient slices, states and updates in advance, which the first two steps make: their space is there from the beginning."""
+        states = len(self.stepper.state_names) * (2 if self.managed.tiers.speculates else 1)
+        arrays = [(s, 4) for s in self.slices if s.rests for _ in range(1 + states)]
+        if self._speculates:
+            arrays += [(s, (s.master if s.low is None else s.low).element_size()) for s in self.slices if s.rests]
+        return sum(-(-max(s.master.numel() * size, 1) // _PAGE_BYTES) * _PAGE_BYTES for s, size in arrays)
 
     def _swap_params(self):
         """The basic optimizer's groups now hold our slices; its dicts stay the caller's own."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates that are computed beside backward (offload_optimizer.super_offload): the bits of a step after backward, whatever happens in between, and
 nothing that anybody can see before the step."""
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from deepspeed.utils import (safe_get_full_fp32_param, safe_get_full_grad, safe_
 from deepspeed.zero.tiers import Tiers
 from tests.parity.launch import on_ranks, run
 from tests.parity.test_offload import on_files
-from tests.parity.tiny import assert_same, batch, config, engine_of, tiny, whole
+from tests.parity.tiny import assert_same, batch, config, engine_of, tiny, train, whole
 from tests.parity.training import transport
 
 WIDTH = 65
@@ -179,6 +181,26 @@ def test_nothing_is_seen_before_the_step(tmp_path):
         engine.step()
         assert not torch.equal(safe_get_full_fp32_param(p).bfloat16().view(-1), before["layers.0.norm.weight"].view(-1))
     assert engine.optimizer.stepper.native.speculated > 0
+    engine.destroy()
+
+
+def _taken(folder):
+    """Bytes that this process's nameless files of the folder take on the disk."""
+    links = {os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")}
+    held = [link for link in links if os.path.islink(link) and os.readlink(link).startswith(str(folder))]
+    return sum({info.st_ino: 512 * info.st_blocks for info in map(os.stat, held)}.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage,in_advance", [(1, True), (3, False), (3, True)])
+@on_ranks(2)
+def test_the_disk_space_is_there_from_the_beginning(stage, in_advance, precision, tmp_path):
+    zero = ahead(tmp_path)
+    zero["offload_optimizer"]["super_offload"] = in_advance
+    engine = engine_of(tiny(width=WIDTH), config(stage, zero=zero, gradient_clipping=0.0, **(BF16 if precision == "bf16" else {})))
+    taken, made = _taken(tmp_path), engine._managed.tiers.rest.bytes
+    train(engine, 3, width=WIDTH)
+    assert made < engine._managed.tiers.rest.bytes <= taken == _taken(tmp_path)
     engine.destroy()
 
 
