@@ -255,14 +255,12 @@ void SliceOptimizer::compute_ahead(const std::vector<Speculation::Ready>& slices
     const auto& [i, grad] = slices[number];
     OwnedSlice view = tile_of(slices_[i], begin, tile);
     const at::Tensor weights = ahead_[i].narrow(0, begin, view.master.numel()), part_grad = grad.narrow(0, begin, view.master.numel());
-    if (view.low.defined()) {
-      if (is_split(view.master)) weights.copy_(view.low);
-      view.low = weights;
-    } else {
-      view.master = weights.copy_(view.master);
-    }
+    const at::Tensor old = !view.low.defined() ? view.master : is_split(view.master) ? view.low : at::Tensor();   // where the update begins from weights
+    if (old.defined()) weights.copy_(old);
+    (view.low.defined() ? view.low : view.master) = weights;
     step_runs(view, view.runs, step.groups, part_grad, step.grad_scale);
     rest_->leave(weights);
+    if (old.defined() && view.home.weights_in_file) platform::unmap_pages(old.data_ptr(), old.nbytes());
     if (rest_->holds(part_grad)) rest_->leave(part_grad);
   }, SliceRest::Into::Second);
 }

@@ -3,6 +3,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <memory>
 #include <utility>
@@ -30,6 +31,7 @@ void HostSums::send(const void* const* srcs, int nsrc, int64_t bytes, bool may_w
   buffer->mark();
   worker_.submit([this, buffer, nsrc, bytes, most, add = std::move(add)] {
     const at::NoGradGuard no_grad;
+    const c10::DeviceGuard device(device_);   // or waiting would make a context on the first one
     buffer->wait();
     const char* data = static_cast<const char*>(buffer->memory(bytes * nsrc).data_ptr());
     std::vector<const void*> here;
