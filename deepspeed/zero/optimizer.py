@@ -19,7 +19,6 @@ from deepspeed.zero.tensors import shaped_like
 _FOR_SLICE = {"fp32": ("lp_params", "hp_params"), "grad": ("lp_grads",), "state": ("optim_states",)}
 _FOR_STATE = (*_FOR_SLICE["fp32"], *_FOR_SLICE["state"])
 
-
 _MESSAGE_BYTES = 1000
 _PAGE_BYTES = 4096
 
@@ -162,7 +161,7 @@ class ShardedOptimizer(ZeROOptimizer):
     def _file_bytes_to_come(self):
         """Of gradient slices, states and updates in advance, which the first two steps make: their space is there from the beginning."""
         states = len(self.stepper.state_names) * (2 if self.managed.tiers.speculates else 1)
-        arrays = [(s, 4) for s in self.slices if s.rests for _ in range(1 + states)]
+        arrays = [(s, 4) for s in self.slices if s.rests] * (1 + states)
         if self._speculates:
             arrays += [(s, (s.master if s.low is None else s.low).element_size()) for s in self.slices if s.rests]
         return sum(-(-max(s.master.numel() * size, 1) // _PAGE_BYTES) * _PAGE_BYTES for s, size in arrays)
