@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Passes over arrays that rest in a file, tile by tile, in three stages: tiles ahead are read, one is worked on, those behind are written.
 // Memory: `buffers` tiles, whatever the arrays' size. Bytes moved: each array once in, and once out where it is written.
-// A disk that reads and writes at once is kept busier by many small tiles than by few large ones of the same memory: a tile's memory is read into
-// again when all of it has been written, so the pauses are as long as a tile is large.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +14,8 @@
 namespace ds::offload {
 
 struct StreamOptions {
-  int64_t tile_bytes = int64_t{1} << 20;   // of one array
-  int buffers = 16;                        // tiles in memory at a time
+  int64_t tile_bytes = int64_t{2} << 20;   // of one array
+  int buffers = 8;                         // tiles in memory at a time
 };
 
 // One array: where it begins in the file, aligned to a page, as is its end (what lies behind it up to the next page is its own).

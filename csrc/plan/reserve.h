@@ -59,12 +59,11 @@ constexpr int kFewestTiles = 3;                          // one read, one worked
 // For state on the host, of which a tile is a part.
 constexpr int64_t kHostTileBytes = int64_t{4} << 20;
 
-// For state in files, from which one request reads at most `block_bytes`: the smallest tiles that are whole requests and whole pages, of 1 MiB at
-// least, and as many of them as fit into the same memory. (A tile's memory is read into again when all of it is written: with four large tiles the
-// disk had 0.89 of what it can move, with many small ones more.)
+// For state in files, from which one request reads at most `block_bytes`: tiles of a request, of 2 to 4 MiB, and as many of them as fit into the same
+// memory. (Four tiles of 4 MiB, 8 of 2 and 16 of 1 move bytes at rates within 4 % of each other, less than the disk itself varies.)
 inline StepTiles step_tiles(int64_t buffer_count, int64_t block_bytes) {
   const int64_t memory = std::max<int64_t>(buffer_count, 1) * kStepBufferBytes;
-  const int64_t tile = std::min(std::max(block_bytes / kReservePageBytes * kReservePageBytes, int64_t{1} << 20), kStepBufferBytes);
+  const int64_t tile = std::min(std::max(block_bytes / kReservePageBytes * kReservePageBytes, kStepBufferBytes / 2), kStepBufferBytes);
   return {tile, static_cast<int>(std::max<int64_t>(memory / tile, kFewestTiles))};
 }
 

@@ -159,13 +159,13 @@ TEST(Offload, FilesOfRanksOnTheHost) {
   EXPECT_EQ(found.tiers.file_read + found.tiers.file_written, 24 * n);
   EXPECT_EQ(found.tiers.mapped_read, 4 * n + 2 * 2 * n);       // gradients for the step; shards in forward and backward
   EXPECT_EQ(found.tiers.mapped_written, 4 * n + 2 * n);
-  EXPECT_EQ(found.device.staging, 16 * 3 * (int64_t{1} << 20));  // slots of a master and two states
+  EXPECT_EQ(found.device.staging, 8 * 3 * (int64_t{2} << 20));  // slots of a master and two states
   EXPECT_EQ(found.tiers.to_host + found.tiers.from_host, 0);
 }
 
 TEST(Offload, SplitMastersAreTwoBytesBesideTheWeights) {
   const ModelSizes model = model_of(6, 4 * kMega, 4 * kMega, 2);   // as above
-  const int64_t n = 32 * kMega / 4, tile = int64_t{1} << 20;
+  const int64_t n = 32 * kMega / 4, tile = int64_t{2} << 20;
   const auto split = [&](int stage, Tier states, Tier params, bool on_host) {
     Partition p = offloaded(stage, 4, states, params, on_host);
     p.split_master = true;
@@ -177,7 +177,7 @@ TEST(Offload, SplitMastersAreTwoBytesBesideTheWeights) {
   EXPECT_EQ(found.file.master_weights, 2 * n);
   EXPECT_EQ(found.tiers.file_read + found.tiers.file_written, 20 * n);
   EXPECT_EQ(found.tiers.mapped_read, 4 * n + 2 * 2 * n + 2 * n);   // the step reads the weights, too
-  EXPECT_EQ(found.device.staging, 16 * (2 * tile + tile / 2));
+  EXPECT_EQ(found.device.staging, 8 * (2 * tile + tile / 2));
   found = split(2, Tier::Host, Tier::Device, false);
   EXPECT_EQ(found.tiers.from_host, 2 * n);
   EXPECT_EQ(found.tiers.to_host, 2 * n + 2 * n);   // gradients, and the weights for the step
@@ -188,8 +188,8 @@ TEST(Offload, SplitMastersAreTwoBytesBesideTheWeights) {
 
 TEST(Offload, TilesAreAsManyAsThereAreOrBuffers) {
   Partition p = offloaded(2, 4, Tier::File, Tier::Device, true);
-  const ModelSizes model = model_of(1, 4 * kMega, 64 * 4, 2);   // tiles: four of 1 MiB an array and two of a page
-  EXPECT_EQ(estimate(model, kBlocks, p).device.staging, 6 * 3 * (int64_t{1} << 20));
+  const ModelSizes model = model_of(1, 4 * kMega, 64 * 4, 2);   // tiles: two of 2 MiB an array and two of a page
+  EXPECT_EQ(estimate(model, kBlocks, p).device.staging, 4 * 3 * (int64_t{2} << 20));
   p.offload.tiles = {int64_t{1} << 20, 5};
   EXPECT_EQ(estimate(model, kBlocks, p).device.staging, 5 * 3 * (int64_t{1} << 20));
 }
@@ -200,13 +200,13 @@ TEST(Offload, TilesFillTheirMemoryWithWholeRequests) {
     for (const int64_t block : {int64_t{4096}, kMiB / 2, kMiB, 3 * kMiB / 2, 2 * kMiB, 3 * kMiB + 4096, 4 * kMiB, 64 * kMiB}) {
       const StepTiles tiles = step_tiles(count, block);
       EXPECT_EQ(tiles.tile_bytes % 4096, 0);
-      EXPECT_TRUE(tiles.tile_bytes >= kMiB && tiles.tile_bytes <= 4 * kMiB);
-      EXPECT_TRUE(tiles.tile_bytes % block == 0 || tiles.tile_bytes == 4 * kMiB || tiles.tile_bytes == kMiB) << block;
+      EXPECT_TRUE(tiles.tile_bytes >= 2 * kMiB && tiles.tile_bytes <= 4 * kMiB);
+      EXPECT_TRUE(tiles.tile_bytes % block == 0 || tiles.tile_bytes == 4 * kMiB || tiles.tile_bytes == 2 * kMiB) << block;
       EXPECT_GE(tiles.buffers, kFewestTiles);
       EXPECT_TRUE(tiles.buffers == kFewestTiles || tiles.buffers * tiles.tile_bytes <= std::max<int64_t>(count, 1) * 4 * kMiB);
     }
   }
-  EXPECT_EQ(step_tiles(4, kMiB).buffers, 16);
+  EXPECT_EQ(step_tiles(4, kMiB).buffers, 8);
 }
 
 TEST(Offload, FullPrecisionStreamsTwoArraysOnTheHost) {
