@@ -309,7 +309,7 @@ void bind_hooks(py::module_& m) {
       .def("watch_root", &AutogradHooks::watch_root)
       .def("begin_manual", &AutogradHooks::begin_manual)
       .def("end_backward", &AutogradHooks::end_backward, Release())
-      .def("abort_backward", &AutogradHooks::abort_backward)
+      .def("abort_backward", &AutogradHooks::abort_backward, py::arg("finish"), Release())
       .def("close", &AutogradHooks::close);
 }
 

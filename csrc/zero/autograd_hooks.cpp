@@ -29,8 +29,10 @@ class GradientDone : public torch::autograd::FunctionPostHook {
     if (context_->closed || !tensor_.mutable_grad().defined()) return outputs;
     // Also when what follows throws: a gradient that stays would be added to the next one.
     const at::Tensor grad = std::exchange(tensor_.mutable_grad(), at::Tensor());
-    context_->arrange_end();
-    context_->reducer->on_grad(param_, grad);
+    context_->guarded([&] {
+      context_->arrange_end();
+      context_->reducer->on_grad(param_, grad);
+    });
     return outputs;
   }
 
@@ -52,6 +54,12 @@ class BorderHook : public torch::autograd::FunctionPreHook {
 
   variable_list operator()(const variable_list& grads) override {
     if (context_->closed) return grads;
+    context_->guarded([&] { cross(); });
+    return grads;
+  }
+
+ private:
+  void cross() {
     switch (kind_) {
       case Root:
         context_->arrange_end();
@@ -66,10 +74,8 @@ class BorderHook : public torch::autograd::FunctionPreHook {
         for (int u : units_) context_->scheduler->leave_backward(u);
         break;
     }
-    return grads;
   }
 
- private:
   std::shared_ptr<BackwardContext> context_;
   Kind kind_;
   std::vector<int> units_;
@@ -113,13 +119,13 @@ void BackwardContext::arrange_end() {
   torch::autograd::Engine::get_default_engine().queue_callback([self = shared_from_this()] { self->end(); });
 }
 
-void BackwardContext::end() {
+void BackwardContext::end(bool force) {
   end_queued = false;
   manual_end = false;
   if (closed) return;
   if (reducer != nullptr && !reducer->deferred()) {
     scheduler->start_rest();
-    reducer->flush();
+    reducer->flush(force && store->world() > 1);
   }
   scheduler->end_backward();
 }
@@ -165,15 +171,31 @@ void AutogradHooks::watch_inputs(const std::vector<int>& units, const std::vecto
 void AutogradHooks::watch_root(const std::vector<at::Tensor>& outputs) { hook_nodes(context_, BorderHook::Root, {}, outputs); }
 
 void AutogradHooks::begin_manual() {
+  context_->failed = false;
   context_->manual_end = true;
   context_->end_queued = false;
 }
 
-void AutogradHooks::end_backward() { context_->end(); }
+void AutogradHooks::end_backward() {
+  context_->guarded([this] { context_->end(); });
+}
 
-void AutogradHooks::abort_backward() {
+void AutogradHooks::abort_backward(bool finish) {
   context_->end_queued = false;
   context_->manual_end = false;
+  if (context_->closed) return;
+  for (const Accumulator& a : accumulators_) {   // what somebody else's hook has kept ours from taking
+    const Param& p = context_->store->params()[a.param];
+    if (!p.dropped) p.tensor.mutable_grad().reset();
+  }
+  if (finish && !context_->failed) {
+    try {
+      context_->end(/*force=*/true);
+      return;
+    } catch (const std::exception&) {   // the first error is on its way to the caller already
+    }
+  }
+  if (context_->reducer != nullptr) context_->reducer->abandon();
 }
 
 void AutogradHooks::close() {

@@ -20,11 +20,22 @@ struct BackwardContext : std::enable_shared_from_this<BackwardContext> {
   bool closed = false;
   bool manual_end = false;             // somebody calls end() after the backward returns
   bool end_queued = false;
+  bool failed = false;                 // a hook of ours has thrown in this backward
 
   // The backward is over: reduce what is left, free what is gathered.
-  void end();
+  // force: also when this rank has had no gradient.
+  void end(bool force = false);
   // Called at the start of a backward: makes sure that end() will run when the outermost one finishes.
   void arrange_end();
+  template <class Hook>
+  void guarded(const Hook& hook) {
+    try {
+      hook();
+    } catch (...) {
+      failed = true;
+      throw;
+    }
+  }
 };
 
 class AutogradHooks {
@@ -46,8 +57,10 @@ class AutogradHooks {
   // Between begin_manual() and end_backward() the caller promises the latter, so no callback is queued.
   void begin_manual();
   void end_backward();
-  // A backward failed half-way: forget it.
-  void abort_backward();
+  // A backward has thrown midway; never throws. With `finish` the round ends as it would have, zeros standing for gradients that did not come: the other
+  // ranks, whose backward may go on, get what they wait for. Not so when it was a hook of ours that failed, or its end does: then this rank forgets
+  // the round.
+  void abort_backward(bool finish);
   void close();
 
  private:

@@ -68,6 +68,10 @@ void BucketArena::issued(Region region, std::shared_ptr<comm::ReduceWork> work) 
   it->work = std::move(work);
 }
 
+void BucketArena::release(Region region) {
+  busy_.erase(std::remove_if(busy_.begin(), busy_.end(), [&](const Busy& b) { return b.region.offset == region.offset && !b.work; }), busy_.end());
+}
+
 void BucketArena::wait_drained() {
   for (Busy& b : busy_) {
     if (b.work) b.work->wait_drained();

@@ -31,6 +31,8 @@ class BucketArena {
   Region try_acquire(int64_t bytes);
   // For the flat whose turn it is: blocks until earlier reductions have drained; without `wait`, invalid when they have not.
   Region acquire(int64_t bytes, bool wait = true);
+  // A region that was not issued.
+  void release(Region region);
   // The region belongs to the reduction until that has drained.
   void issued(Region region, std::shared_ptr<comm::ReduceWork> work);
   void wait_drained();

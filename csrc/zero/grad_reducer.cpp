@@ -259,7 +259,10 @@ bool GradReducer::issue(int f) {
   s.issued = true;
   s.work = store_.groups().reduce->reduce_scatter(
       arena_->buffer(), static_cast<size_t>(s.region.offset), static_cast<size_t>(part_bytes), 0, optim::to_dtype(s.comm_dtype),
-      [this, f](const void* const* srcs, int nsrc) { sink(f, srcs, nsrc); }, store_.tag("reduce", flat.unit, part_bytes * store_.world()));
+      [this, f, round = round_.load()](const void* const* srcs, int nsrc) {
+        if (round == round_) sink(f, srcs, nsrc);
+      },
+      store_.tag("reduce", flat.unit, part_bytes * store_.world()));
   arena_->issued(s.region, s.work);
   s.bucket = at::Tensor();
   s.region = Region{};
@@ -361,6 +364,21 @@ void GradReducer::finish_round() {
     flats_[f].work.reset();
   }
   if (host_sums_) host_sums_->drain();
+  in_round_ = false;
+}
+
+void GradReducer::abandon() {
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  if (!in_round_) return;
+  ++round_;
+  if (host_sums_) host_sums_->drop();
+  for (FlatState& s : flats_) {
+    if (s.open && !s.issued && s.region.valid()) arena_->release(s.region);
+    s.region = Region{};
+    s.bucket = at::Tensor();
+    s.work.reset();
+    s.open = false;
+  }
   in_round_ = false;
 }
 

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -51,6 +52,8 @@ class GradReducer {
   // `force` (a rank without data takes part with zeros).
   void flush(bool force = false);
   bool in_round() const { return in_round_; }
+  // Forgets the round, with gradients that have not been added yet, on this rank alone: peers that are in it wait for it.
+  void abandon();
 
   // While deferred, gradients go to the carry and nothing is communicated.
   void set_deferred(bool deferred) { deferred_ = deferred; }
@@ -151,6 +154,7 @@ class GradReducer {
   Listener on_ready_, on_changed_;
   bool final_ = false;
   bool in_round_ = false;
+  std::atomic<int64_t> round_{0};     // how many have been abandoned: what comes of them later is not added
   bool flushing_ = false;
   bool deferred_ = false;
   double post_scale_ = 1.0;

@@ -244,8 +244,8 @@ class DeepSpeedEngine(ConfigAccessors, BatchSizes, DataMethods, GradientReductio
         try:
             with self._joining.backward(self._layout.post_scale) if self._joining is not None else contextlib.nullcontext():
                 self._run_backward(result.float() * scale if scale != 1.0 else result, retain_graph)
-        except BaseException:
-            managed.hooks.abort_backward()
+        except BaseException as error:
+            managed.hooks.abort_backward(isinstance(error, Exception))   # somebody who interrupts does not want to wait
             raise
         finally:
             self._set_default_scale()
