@@ -181,14 +181,14 @@ void AutogradHooks::end_backward() {
 }
 
 void AutogradHooks::abort_backward(bool finish) {
-  context_->end_queued = false;
+  const bool begun = std::exchange(context_->end_queued, false);
   context_->manual_end = false;
   if (context_->closed) return;
   for (const Accumulator& a : accumulators_) {   // what somebody else's hook has kept ours from taking
     const Param& p = context_->store->params()[a.param];
     if (!p.dropped) p.tensor.mutable_grad().reset();
   }
-  if (finish && !context_->failed) {
+  if (finish && begun && !context_->failed) {
     try {
       context_->end(/*force=*/true);
       return;

@@ -58,8 +58,8 @@ class AutogradHooks {
   void begin_manual();
   void end_backward();
   // A backward has thrown midway; never throws. With `finish` the round ends as it would have, zeros standing for gradients that did not come: the other
-  // ranks, whose backward may go on, get what they wait for. Not so when it was a hook of ours that failed, or its end does: then this rank forgets
-  // the round.
+  // ranks, whose backward may go on, get what they wait for. Not so before the first of our hooks has run, nor when one of them failed, or the end
+  // does: then this rank forgets the round.
   void abort_backward(bool finish);
   void close();
 
