@@ -9,7 +9,7 @@ from deepspeed.engine.layout import divided_at, persistent_numel
 from deepspeed.planning.activations import activation_bytes
 from deepspeed.planning.quantities import GIB, gib
 from deepspeed.planning.shape import decoder, of_model
-from deepspeed.zero.tiers import block_bytes
+from deepspeed.zero.tiers import block_bytes, speculates
 
 KINDS = ("parameters", "gradients", "master_weights", "optimizer_state", "updates_ahead", "gathered_units", "buckets", "staging")
 # What a process takes besides on a GPU: its CUDA context, NCCL's buffers, libraries, rounding of torch's allocator.
@@ -198,7 +198,7 @@ def _offload(row, config, is_configured):
     offload.tiles = core().step_tiles(int(zero.offload_optimizer.buffer_count), block_bytes(config.aio))
     # Another choice than the configured one is shown with all of its state elsewhere.
     offload.states_share = float(zero.offload_optimizer.ratio) if is_configured else 1.0
-    offload.ahead = is_configured and bool(zero.offload_optimizer.super_offload)
+    offload.ahead = is_configured and speculates(zero)
     offload.params_in_memory = int(zero.offload_param.max_in_cpu) if is_configured else 0
     return offload
 

@@ -48,8 +48,10 @@ def _folder(section, name):
     return path
 
 
-def _speculates(section):
-    return bool(getattr(section, "super_offload", False))
+def speculates(zero):
+    """Whether updates are computed beside backward. With hybrid sharding no slice is final before the replicas have added theirs up."""
+    hybrid = int(zero.stage) == 3 and int(zero.zero_hpz_partition_size or 1) > 1
+    return bool(zero.offload_optimizer.super_offload) and not hybrid
 
 
 def block_bytes(aio):
@@ -64,7 +66,7 @@ def _in_files(config, section, name, apart):
     depth = int(aio.queue_depth) if config.is_set("aio.queue_depth") else _QUEUE_DEPTH
     threads = int(aio.intra_op_parallelism) if config.is_set("aio.intra_op_parallelism") else 4
     return lib().FileRest(_folder(section, name), tiles.buffers, tiles.tile_bytes, block, depth, threads,
-                          apart=apart, pinned=apart and bool(section.pin_memory), second_places=_speculates(section),
+                          apart=apart, pinned=apart and bool(section.pin_memory), second_places=name == "offload_optimizer" and speculates(config.zero_optimization),
                           most_in_memory=int(getattr(section, "max_in_cpu", 0)))
 
 
@@ -72,7 +74,9 @@ def _rest(config, section, name, apart):
     """For an accelerator (`apart`) all of it lies elsewhere; for ranks on the CPU the host's memory is where it lies anyway."""
     if section.device == "nvme":
         return _in_files(config, section, name, apart)
-    return lib().HostRest(bool(section.pin_memory), core().HOST_TILE_BYTES, _speculates(section)) if section.device == "cpu" and apart else None
+    if section.device != "cpu" or not apart:
+        return None
+    return lib().HostRest(bool(section.pin_memory), core().HOST_TILE_BYTES, name == "offload_optimizer" and speculates(config.zero_optimization))
 
 
 def tiers_of(config, device, with_optimizer=True):
@@ -80,15 +84,15 @@ def tiers_of(config, device, with_optimizer=True):
     in them have no names: they go with the process."""
     zero, apart = config.zero_optimization, device.type != "cpu"
     rest = _rest(config, zero.offload_optimizer, "offload_optimizer", apart) if with_optimizer else None
-    speculates = rest is not None and _speculates(zero.offload_optimizer)
+    ahead = rest is not None and speculates(zero)
     if apart:
         parameter_rest = _rest(config, zero.offload_param, "offload_param", apart)
         if parameter_rest is not None and rest is None and with_optimizer:
             logger.warning("zero_optimization.offload_param without offload_optimizer: the optimizer's state follows the parameters to the host")
             rest = lib().HostRest(bool(zero.offload_param.pin_memory), core().HOST_TILE_BYTES)
         share = 1.0 if parameter_rest is not None else float(zero.offload_optimizer.ratio)
-        return Tiers(rest, share, parameter_rest, speculates=speculates)
+        return Tiers(rest, share, parameter_rest, speculates=ahead)
     if zero.offload_param.device != "nvme":
-        return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0, speculates=speculates)
+        return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0, speculates=ahead)
     return Tiers(rest, float(zero.offload_optimizer.ratio) if rest is not None else 1.0, None, _folder(zero.offload_param, "offload_param"),
-                 int(zero.offload_param.max_in_cpu), speculates)
+                 int(zero.offload_param.max_in_cpu), ahead)
