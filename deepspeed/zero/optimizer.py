@@ -274,8 +274,8 @@ class ShardedOptimizer(ZeROOptimizer):
         managed.leave_files()
 
     def _step(self, update):
-        """Where a file can fail, all ranks hear of it before anybody waits for the new weights."""
-        if not self.managed.tiers.in_files:
+        """Where state rests elsewhere an update can fail on one rank: all hear of it before anybody waits for the new weights."""
+        if not (self.managed.tiers.in_files or self.managed.tiers.rest):
             update()
             return
         failure = None
