@@ -196,7 +196,7 @@ void SliceOptimizer::step_resting(const std::vector<size_t>& slices, const std::
     OwnedSlice view = tile_of(slice, begin, tile);
     const at::Tensor grad = grads[i].narrow(0, begin, view.master.numel());
     if (slice.home.weights_apart) {
-      step_staged(view, view.runs, groups, grad, grad_scale);
+      step_staged(view, groups, grad, grad_scale);
     } else {
       step_runs(view, view.runs, groups, grad, grad_scale);
     }
@@ -272,7 +272,7 @@ void SliceOptimizer::take_ahead(size_t i) {
   torn_ = true;   // until all is done
   for (const at::Tensor& array : job_of(slice).arrays) rest_->exchange(array);
   if (slice.home.weights_apart) {
-    upload(slice, slice.runs, ahead_[i]);
+    for (const Segment& run : slice.runs) uploads(slice.low.device()).send(part(slice.low, run), part(ahead_[i], run));
   } else {
     for (const Segment& run : slice.runs) part(weights, run).copy_(part(ahead_[i], run));
   }
@@ -283,23 +283,21 @@ void SliceOptimizer::take_ahead(size_t i) {
 }
 
 // The weights are elsewhere: they are made in staging memory, and sent while the next tile is worked on.
-void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad,
-                                 float grad_scale) {
+void SliceOptimizer::step_staged(OwnedSlice& view, const std::vector<Hyper>& groups, const at::Tensor& grad, float grad_scale) {
   const at::Tensor remote = view.low;
-  if (!uploads_) uploads_ = std::make_unique<StagingRing>(remote.device(), rest_->pinned(), plan::kWeightBuffers);
-  StagingBuffer& buffer = uploads_->take();
+  StagingBuffer& buffer = uploads(remote.device()).take();
   view.low = buffer.memory(static_cast<int64_t>(remote.nbytes())).view(remote.scalar_type());
   if (is_split(view.master)) {   // half of the values is there
-    for (const Segment& run : runs) part(view.low, run).copy_(part(remote, run));
+    for (const Segment& run : view.runs) part(view.low, run).copy_(part(remote, run));
   }
-  step_runs(view, runs, groups, grad, grad_scale);
-  for (const Segment& run : runs) part(remote, run).copy_(part(view.low, run), /*non_blocking=*/true);
+  step_runs(view, view.runs, groups, grad, grad_scale);
+  for (const Segment& run : view.runs) part(remote, run).copy_(part(view.low, run), /*non_blocking=*/true);
   buffer.mark();
 }
 
-void SliceOptimizer::upload(const OwnedSlice& slice, const std::vector<Segment>& runs, const at::Tensor& values) {
-  if (!uploads_) uploads_ = std::make_unique<StagingRing>(slice.low.device(), rest_->pinned(), plan::kWeightBuffers);
-  for (const Segment& run : runs) uploads_->send(part(slice.low, run), part(values, run));
+StagingRing& SliceOptimizer::uploads(at::Device device) {
+  if (!uploads_) uploads_ = std::make_unique<StagingRing>(device, rest_->pinned(), plan::kWeightBuffers);
+  return *uploads_;
 }
 
 // What the update touched of files that are mapped leaves memory.

@@ -95,8 +95,8 @@ class SliceOptimizer {
   OwnedSlice tile_of(const OwnedSlice& slice, int64_t begin, const std::vector<at::Tensor>& tile) const;
   void compute_ahead(const std::vector<Speculation::Ready>& slices, const Foreseen& step);
   void take_ahead(size_t slice);
-  void upload(const OwnedSlice& view, const std::vector<Segment>& runs, const at::Tensor& values);
-  void step_staged(OwnedSlice& view, const std::vector<Segment>& runs, const std::vector<Hyper>& groups, const at::Tensor& grad, float grad_scale);
+  StagingRing& uploads(at::Device device);
+  void step_staged(OwnedSlice& view, const std::vector<Hyper>& groups, const at::Tensor& grad, float grad_scale);
   bool pass_over(const std::vector<int64_t>& frozen);
   void step_lamb(const std::vector<Hyper>& groups, const std::vector<at::Tensor>& grads, float grad_scale);
 

@@ -11,6 +11,7 @@ from deepspeed.telemetry import logger
 from deepspeed.zero.managed import home_of
 from deepspeed.zero.muon_step import MuonStep
 from deepspeed.zero.offload_config import FOR_BACKWARD
+from deepspeed.zero.shared_failure import on_every_rank
 from deepspeed.zero.split_master import SplitValues
 from deepspeed.zero.stepper import ClientStep, FusedStep, recognise
 from deepspeed.zero.tensors import shaped_like
@@ -19,7 +20,6 @@ from deepspeed.zero.tensors import shaped_like
 _FOR_SLICE = {"fp32": ("lp_params", "hp_params"), "grad": ("lp_grads",), "state": ("optim_states",)}
 _FOR_STATE = (*_FOR_SLICE["fp32"], *_FOR_SLICE["state"])
 
-_MESSAGE_BYTES = 1000
 _PAGE_BYTES = 4096
 
 
@@ -278,18 +278,11 @@ class ShardedOptimizer(ZeROOptimizer):
         if not (self.managed.tiers.in_files or self.managed.tiers.rest):
             update()
             return
-        failure = None
         try:
-            update()
-        except Exception as error:
-            failure = error
-        said = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()[:_MESSAGE_BYTES]
-        heard = self.managed.transports.world.all_gather_host(said.ljust(_MESSAGE_BYTES, b"\0"), "update_failures")
-        failed = {rank: text.rstrip(b"\0").decode(errors="replace") for rank, text in enumerate(heard) if text.rstrip(b"\0")}
-        if failed:
+            on_every_rank(self.managed.transports.world, update, "the update")
+        except Exception:
             self.torn = True
-            first = min(failed)
-            raise RuntimeError(f"the update failed on rank {first}: {failed[first]}") from failure
+            raise
 
     def _skip(self):
         where = self._first_bad()

@@ -15,26 +15,13 @@ from torch import nn
 
 import deepspeed
 from tests.parity.launch import run
+from tests.parity.resident import growth
 
 MIB = 1 << 20
 ROWS, WIDTH, LAYERS = 2560, 2048, 10
 LARGEST = 4 * ROWS * WIDTH                            # 20 MiB
 WHOLE = 3 * LAYERS * LARGEST                          # 600 MiB: weights and two moments in fp32
 STAGING = 96 * MIB                                    # blocks on their way, and the allocator's slack
-
-
-def field(name):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
-
-
-def growth(work):
-    """By how much resident memory grew while `work` ran, at its highest."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")   # VmHWM := VmRSS
-    before = field("VmRSS")
-    work()
-    return field("VmHWM") - before
 
 
 class Tall(nn.Module):

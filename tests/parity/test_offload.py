@@ -12,6 +12,7 @@ from deepspeed.utils import (safe_get_full_fp32_param, safe_get_full_grad, safe_
                              safe_set_full_grad, safe_set_full_optimizer_state)
 from deepspeed.zero.accounting import places
 from tests.parity.launch import on_ranks
+from tests.parity.resident import growth
 from tests.parity.tiny import assert_same, batch, config, engine_of, tiny, train, whole
 
 STEPS = 50
@@ -212,11 +213,6 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
         engine_of(tiny(), config(2, zero=zero))
 
 
-def _resident(name):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
-
-
 @on_ranks(2)
 def test_memory_is_bounded(tmp_path):
     """20 M parameters, 360 MB of state: what training adds to the process are two units, the gradients on their way and the tiles."""
@@ -224,22 +220,19 @@ def test_memory_is_bounded(tmp_path):
     cfg = config(3, zero={**on_files(tmp_path, True, True), "stage3_prefetch_bucket_size": width * width}, bf16={"enabled": True})
     with deepspeed.zero.Init(config_dict_or_path=cfg):
         model = tiny(width=width, layers=layers)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")   # VmHWM := VmRSS
-    before = _resident("VmRSS")
-    engine = engine_of(model, cfg)
-    train(engine, 3, width=width)
-    grown = _resident("VmHWM") - before
+    engines = []
+
+    def start():
+        engines.append(engine_of(model, cfg))
+        train(engines[0], 3, width=width)
+
+    grown, engine = growth(start), engines[0]
     unit = 2 * width * (width + 3)
     parameters = sum(p.ds_numel for p in engine.module.parameters())
     assert parameters > 18e6
     allowed = 8 * unit + 3 * 4 * (4 << 20) + (48 << 20)   # gathered and gradients, tiles, and what the first steps leave in the heap
     assert grown < allowed < 9 * parameters, f"{grown >> 20} MiB, allowed {allowed >> 20}"
     for work in (engine.save_checkpoint, engine.load_checkpoint):   # 7 bytes a parameter lie in this rank's files
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = _resident("VmRSS")
-        work(str(tmp_path / "saved"))
-        grown = _resident("VmHWM") - before
+        grown = growth(lambda: work(str(tmp_path / "saved")))
         assert grown < 88 << 20 < 7 * parameters, f"{work.__name__}: {grown >> 20} MiB"
     engine.destroy()

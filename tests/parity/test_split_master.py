@@ -16,6 +16,7 @@ from deepspeed.utils import (safe_get_full_fp32_param, safe_get_full_optimizer_s
 from deepspeed.zero.accounting import held_bytes, places
 from deepspeed.zero.split_master import SplitValues
 from tests.parity.launch import on_ranks, run
+from tests.parity.resident import field, growth
 from tests.parity.test_offload import on_files
 from tests.parity.test_offload_apart import TIERS
 from tests.parity.tiny import assert_same, batch, config, engine_of, tiny, whole
@@ -347,19 +348,6 @@ def test_what_has_no_such_form_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------------------------- memory
-
-def field(name):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
-
-
-def growth(work):
-    """By how much resident memory grew while `work` ran, at its highest."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")   # VmHWM := VmRSS
-    before = field("VmRSS")
-    work()
-    return field("VmHWM") - before
 
 
 def stack(width, layers):
