@@ -158,8 +158,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(const NormGradI
   }
   const at::Tensor partials = at::empty({chunks, stride}, h.options().dtype(at::kFloat));
   for_chunks(rows, chunk, [&](int64_t index, int64_t begin, int64_t end) {
-    std::vector<float> spare(static_cast<size_t>(stride * halvings(end - begin)));
-    backward_chunk(arguments, begin, end, mutable_floats(partials) + index * stride, spare.data());
+    const at::Tensor spare = at::empty({stride * halvings(end - begin)}, partials.options());
+    backward_chunk(arguments, begin, end, mutable_floats(partials) + index * stride, mutable_floats(spare));
   });
   const at::ScalarType dtype = *in.parameter_dtype;
   const at::Tensor dweight = joined(partials, chunks, stride, 0, columns, dtype);

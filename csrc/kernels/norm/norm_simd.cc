@@ -276,6 +276,10 @@ HWY_INLINE void write_dx(T tag, const BackwardRow<typename T::Raw>& r, const flo
   });
 }
 
+// How far ahead of itself, in elements, the first sweep asks for what it reads.
+template <class Raw>
+constexpr int64_t kHint = 1024 / static_cast<int64_t>(sizeof(Raw));
+
 // kRows rows side by side: the gradients of weight and bias are read and written once for all of them, and their sums hide latency.
 // kHints: what comes next is asked for before it is needed.
 template <class T, Norm kNorm, bool kWeight, bool kParameters, int kRows, bool kHints>
@@ -295,7 +299,14 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
     V weight, of_weight = set(0.0f), of_bias = set(0.0f);
     if constexpr (kWeight) weight = load(F32{}, a.weight + i, lanes);
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kHints) prefetch_to_write(a.past_caches ? rows[r].dy + i : rows[r].dx + i);
+      if constexpr (kHints) {
+        if (a.past_caches) {
+          prefetch(rows[r].dy + i + kHint<Raw>);
+          prefetch(rows[r].h + i + kHint<Raw>);
+        } else {
+          prefetch_to_write(rows[r].dx + i);
+        }
+      }
       const V dy = load(tag, rows[r].dy + i, lanes);
       const V x = hn::Mul(centred<kNorm>(load(tag, rows[r].h + i, lanes), mean[r]), rstd[r]);
       const V g = kWeight ? hn::Mul(dy, weight) : dy;  // zero behind the end
