@@ -2,6 +2,9 @@
 // Note [Past the caches]. An array so large that whoever reads it will not find it in a cache is best written to memory directly: its lines
 // are not read first, and what is cached stays. Kernels do so where a row begins at a multiple of kStreamBytes. Such stores are weakly
 // ordered: who hands the array to another thread puts a full fence in between (for_chunks of csrc/ops does).
+//
+// Note [From memory]. Arrays that no cache holds are asked for before they are needed where a kernel sweeps a row twice: during the second
+// sweep memory would have nothing to do. Where a cache does hold them that costs a tenth.
 #pragma once
 
 #include <cstdint>

@@ -119,6 +119,14 @@ HWY_INLINE Logistic logistic(V x) {
   return {hn::IfThenElse(negative, small, large), hn::IfThenElse(negative, large, small)};
 }
 
+// 1 / (1 + exp(-x)) alone, where that is enough.
+template <class P>
+HWY_INLINE V logistic_value(V x) {
+  const V most = constant(87.0f);
+  const V e = exp_bounded<P>(hn::Min(hn::Max(hn::Neg(x), hn::Neg(most)), most));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Neg(most)), P::reciprocal(hn::Add(constant(1.0f), e)));
+}
+
 // cdf = P(X <= x) of the standard normal distribution, bell = exp(-x^2 / 2), 0 from |x| = 13 on; for NaN 1 and 0.
 struct Normal {
   V cdf, bell;

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <vector>
@@ -29,21 +30,11 @@ inline Rows rows_of(const at::Tensor& x, const at::Tensor& bias, int64_t parts =
 // The values of a tensor as contiguous float32; null for an undefined one.
 class FloatVector {
  public:
-  explicit FloatVector(const at::Tensor& t) {
-    if (!t.defined()) return;
-    tensor_ = t.contiguous();
-    pointer_ = static_cast<const float*>(tensor_.const_data_ptr());
-    if (tensor_.scalar_type() == at::kFloat) return;
-    values_.resize(static_cast<size_t>(tensor_.numel()));
-    kernels::copy_scale(values_.data(), DType::F32, tensor_.const_data_ptr(), to_dtype(tensor_.scalar_type()), 1.0f, tensor_.numel());
-    pointer_ = values_.data();
-  }
-  const float* data() const { return pointer_; }
+  explicit FloatVector(const at::Tensor& t) : values_(t.defined() ? t.to(at::kFloat).contiguous() : t) {}
+  const float* data() const { return static_cast<const float*>(ops::data(values_)); }
 
  private:
-  at::Tensor tensor_;
-  std::vector<float> values_;
-  const float* pointer_ = nullptr;
+  at::Tensor values_;
 };
 
 constexpr int64_t kChunkElements = 32768;
@@ -56,9 +47,9 @@ class ColumnSums {
  public:
   ColumnSums(int64_t rows, int64_t cols)
       : cols_(cols), chunk_((std::max(rows_in_chunk(cols), chunks_of(rows, 64)) + 3) / 4 * 4), count_(chunks_of(rows, chunk_)),
-        parts_(static_cast<size_t>(count_ * cols)) {}
+        parts_(at::zeros({count_, cols}, at::kFloat)) {}
   int64_t chunk() const { return chunk_; }
-  float* part(int64_t index) { return parts_.data() + index * cols_; }
+  float* part(int64_t index) { return parts_.mutable_data_ptr<float>() + index * cols_; }
 
   // Adds the parts in order and writes the sums in the dtype of `like`, whose shape is [cols].
   at::Tensor join(const at::Tensor& like) const {
@@ -66,7 +57,7 @@ class ColumnSums {
     for_chunks(cols_, 1024, [&](int64_t, int64_t begin, int64_t end) {
       double block[1024] = {};
       for (int64_t p = 0; p < count_; ++p) {
-        const float* part = parts_.data() + p * cols_;
+        const float* part = parts_.const_data_ptr<float>() + p * cols_;
         for (int64_t c = begin; c < end; ++c) block[c - begin] += part[c];
       }
       for (int64_t c = begin; c < end; ++c) sums[static_cast<size_t>(c)] = static_cast<float>(block[c - begin]);
@@ -78,7 +69,7 @@ class ColumnSums {
 
  private:
   int64_t cols_, chunk_, count_;
-  std::vector<float> parts_;
+  at::Tensor parts_;
 };
 
 // The gradient of a bias that is not there.

@@ -116,6 +116,7 @@ struct Backward {
     TORCH_CHECK_VALUE(!in_place || at::get_overlap_status(grad, y) == at::MemOverlapStatus::No, "grad and y must not overlap");
     dx = in_place ? grad : fresh_like(y);
     s.past_caches = !in_place && is_past_caches(dx);
+    s.from_memory = is_from_memory(dx);
   }
   int64_t rows() const { return y.numel() / s.columns; }
 };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An activation is a functor that gives value and slope of a vector; the loops bring it x + bias, several rows at a time, so that biases are
+// An activation is a functor that gives the value of a vector, or value and slope; the loops bring it x + bias, several rows at a time, so that biases are
 // loaded and their gradients' sums are stored once for all of those rows.
 #include "kernels/simd_targets.h"
 
@@ -24,6 +24,7 @@ struct ValueAndSlope {
 
 template <class P>
 struct GeluErfOf {
+  static HWY_INLINE V value(V x) { return hn::Mul(x, normal<P>(x).cdf); }
   static HWY_INLINE ValueAndSlope at(V x) {
     const Normal n = normal<P>(x);
     return {hn::Mul(x, n.cdf), hn::MulAdd(hn::Mul(x, constant(0.398942280401432678f)), n.bell, n.cdf)};
@@ -33,29 +34,34 @@ struct GeluErfOf {
 // 0.5 (1 + tanh(u)) is the logistic function of 2 u.
 template <class P>
 struct GeluTanhOf {
+  static constexpr float kLinear = 1.59576912160573071f, kCubic = 0.0713548162726009f;  // 2 sqrt(2 / pi), times 0.044715
+  static HWY_INLINE V square(V x) { return hn::Min(hn::Mul(x, x), constant(1e4f)); }    // saturated long before; keeps infinity out
+  static HWY_INLINE V twice_u(V x, V square) { return hn::Mul(x, hn::MulAdd(square, constant(kCubic), constant(kLinear))); }
+  static HWY_INLINE V value(V x) { return hn::Mul(x, logistic_value<P>(twice_u(x, square(x)))); }
   static HWY_INLINE ValueAndSlope at(V x) {
-    constexpr float kLinear = 1.59576912160573071f, kCubic = 0.0713548162726009f;  // 2 sqrt(2 / pi), times 0.044715
-    const V square = hn::Min(hn::Mul(x, x), constant(1e4f));                       // saturated long before; keeps infinity out
-    const Logistic l = logistic<P>(hn::Mul(x, hn::MulAdd(square, constant(kCubic), constant(kLinear))));
-    const V inner = hn::MulAdd(square, constant(3.0f * kCubic), constant(kLinear));
+    const V x2 = square(x);
+    const Logistic l = logistic<P>(twice_u(x, x2));
+    const V inner = hn::MulAdd(x2, constant(3.0f * kCubic), constant(kLinear));
     return {hn::Mul(x, l.s), hn::MulAdd(hn::Mul(x, l.s), hn::Mul(l.rest, inner), l.s)};
   }
 };
 
 template <class P>
 struct SiluOf {
+  static HWY_INLINE V value(V x) { return hn::Mul(x, logistic_value<P>(x)); }
   static HWY_INLINE ValueAndSlope at(V x) {
     const Logistic l = logistic<P>(x);
-    const V value = hn::Mul(x, l.s);
-    return {value, hn::MulAdd(value, l.rest, l.s)};
+    const V y = hn::Mul(x, l.s);
+    return {y, hn::MulAdd(y, l.rest, l.s)};
   }
 };
 
 template <class P>
 struct ReluOf {  // NaN goes through
+  static HWY_INLINE V value(V x) { return hn::IfThenElse(hn::Lt(x, hn::Zero(FloatTag())), hn::Zero(FloatTag()), x); }
   static HWY_INLINE ValueAndSlope at(V x) {
     const V zero = hn::Zero(FloatTag());
-    return {hn::IfThenElse(hn::Lt(x, zero), zero, x), hn::IfThenElse(hn::Le(x, zero), zero, constant(1.0f))};
+    return {value(x), hn::IfThenElse(hn::Le(x, zero), zero, constant(1.0f))};
   }
 };
 
@@ -87,7 +93,7 @@ struct ForwardRow {
   template <bool kWhole>
   HWY_INLINE void pair(int64_t i, int64_t n) const {
     const Pair in = get_biased<kWhole, kBias, T>(x + i, get_bias<kWhole, kBias>(bias, i, n), n);
-    put_pair<kWhole>(T{}, Pair{A::at(in.a).value, A::at(in.b).value}, y + i, n, past_caches);
+    put_pair<kWhole>(T{}, Pair{A::value(in.a), A::value(in.b)}, y + i, n, past_caches);
   }
 };
 
@@ -124,7 +130,7 @@ struct GatedRow {
   HWY_INLINE void pair(int64_t i, int64_t n) const {
     const Pair g = get_biased<kWhole, kBias, T>(gate + i, get_bias<kWhole, kBias>(gate_bias, i, n), n);
     const Pair u = get_biased<kWhole, kBias, T>(up + i, get_bias<kWhole, kBias>(up_bias, i, n), n);
-    put_pair<kWhole>(T{}, Pair{hn::Mul(A::at(g.a).value, u.a), hn::Mul(A::at(g.b).value, u.b)}, y + i, n);
+    put_pair<kWhole>(T{}, Pair{hn::Mul(A::value(g.a), u.a), hn::Mul(A::value(g.b), u.b)}, y + i, n);
   }
 };
 

@@ -4,8 +4,9 @@
 #include "kernels/simd_targets.h"
 
 #include <algorithm>
-#include <vector>
+#include <new>
 
+#include "hwy/aligned_allocator.h"
 #include "kernels/dispatch.h"
 #include "kernels/rope/rope.h"
 
@@ -123,19 +124,20 @@ void Rope(DType dtype, const RopeShape& shape, const RopeTables& tables, const R
   constexpr int64_t kBlockFloats = 4096;  // half of a small first-level cache
   const int64_t row_floats = 2 * shape.rotary_dim;
   const int64_t most = std::max<int64_t>(1, kBlockFloats / std::max<int64_t>(1, row_floats));
-  std::vector<float> rows(static_cast<size_t>(std::min(most, end - begin) * row_floats));
+  const auto rows = hwy::AllocateAligned<float>(static_cast<size_t>(std::max<int64_t>(1, std::min(most, end - begin) * row_floats)));
+  if (rows == nullptr) throw std::bad_alloc();
   for (int64_t token = begin; token < end;) {
     const int64_t b = token / shape.seq;
     const int64_t stop = std::min({end, token + most, (b + 1) * shape.seq});
     for (int64_t t = token; t < stop; ++t) {
       const int64_t s = t - b * shape.seq;
       const int64_t row = tables.positions != nullptr ? tables.positions[b * tables.positions_batch + s] : b * tables.batch_rows + s;
-      float* factor = rows.data() + (t - token) * row_floats;
+      float* factor = rows.get() + (t - token) * row_floats;
       dispatch_float(tables.dtype, "tables",
                      [&](auto tag) { prepare_row<decltype(tag)>(shape, tables, row, factor, factor + shape.rotary_dim); });
     }
     for (int i = 0; i < count; ++i) {
-      dispatch_float(dtype, "in", [&](auto tag) { rotate_tensor<decltype(tag)>(shape, tensors[i], rows.data(), token, stop); });
+      dispatch_float(dtype, "in", [&](auto tag) { rotate_tensor<decltype(tag)>(shape, tensors[i], rows.get(), token, stop); });
     }
     token = stop;
   }

@@ -34,6 +34,7 @@ struct SoftmaxRows {
   float scale = 1.0f;
   int64_t queries = 0;  // causal: how many rows make one matrix, whose last row sees every column; 0: not causal
   bool past_caches = false;  // CPU, of dx: see output.h
+  bool from_memory = false;  // CPU, of dy and y: see output.h
 };
 
 #ifdef __CUDACC__

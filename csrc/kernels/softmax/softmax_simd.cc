@@ -90,7 +90,7 @@ HWY_INLINE void softmax_row(T tag, typename T::Raw* y, const Logits<T, M>& row, 
 
 template <class T, class M>
 void softmax_rows(T tag, void* y, const void* x, const SoftmaxRows& s, const MaskView& mask, int64_t begin, int64_t end) {
-  float scratch[std::is_same_v<T, F32> ? 1 : kScratch];
+  alignas(64) float scratch[std::is_same_v<T, F32> ? 1 : kScratch];
   for (int64_t r = begin; r < end; ++r) {
     auto* out = static_cast<typename T::Raw*>(y) + r * s.columns;
     auto* in = static_cast<const typename T::Raw*>(x) + r * s.columns;
@@ -109,6 +109,13 @@ void Softmax(void* y, const void* x, DType dtype, const SoftmaxRows& s, const Ma
     if (mask.dtype == DType::BOOL) return softmax_rows<T, Bool>(tag, y, x, s, mask, begin, end);
     dispatch_float(mask.dtype, "mask", [&](auto m) { softmax_rows<T, decltype(m)>(tag, y, x, s, mask, begin, end); });
   });
+}
+
+// To the second-level cache. No harm is done beyond an array.
+template <class Raw>
+HWY_INLINE void ask_for_pair(const Raw* p) {
+  __builtin_prefetch(p, 0, 2);
+  if constexpr (2 * kLanes * sizeof(Raw) > 64) __builtin_prefetch(p + kLanes, 0, 2);
 }
 
 template <class T>
@@ -130,8 +137,8 @@ HWY_INLINE float dot_row(T tag, const typename T::Raw* a, const typename T::Raw*
   return sum_lanes(hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3])));
 }
 
-// kPast: dx is written past the caches.
-template <bool kPast, class T>
+// kPast: dx is written past the caches. kAhead: the row behind this one is asked for.
+template <bool kPast, bool kAhead, class T>
 HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, float scale, int64_t n) {
   const V dot = hn::Set(FloatTag(), dot_row(tag, dy, y, n)), s = hn::Set(FloatTag(), scale);
   const auto gradient = [&](V g, V p) HWY_ATTR { return hn::Mul(hn::Mul(s, p), hn::Sub(g, dot)); };
@@ -141,6 +148,8 @@ HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* 
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t i = (from_the_end ? steps - 1 - step : step) * kStep;
     for (int64_t k = i; k < i + kStep; k += 2 * kLanes) {
+      if constexpr (kAhead) ask_for_pair(dy + n + k);
+      if constexpr (kAhead) ask_for_pair(y + n + k);
       V g0, g1, p0, p1;
       load_two(tag, dy + k, g0, g1);
       load_two(tag, y + k, p0, p1);
@@ -153,19 +162,27 @@ HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* 
   if (i < n) store_tail(tag, gradient(load_tail(tag, dy + i, n - i), load_tail(tag, y + i, n - i)), dx + i, n - i);
 }
 
+template <bool kPast, bool kAhead, class T>
+void gradient_rows(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, const SoftmaxRows& s, int64_t begin,
+                   int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t visible = visible_columns(s, r), at = r * s.columns;
+    gradient_row<kPast, kAhead>(tag, dx + at, dy + at, y + at, s.scale, visible);
+    if (visible < s.columns) std::fill(dx + at + visible, dx + at + s.columns, typename T::Raw{0});
+  }
+}
+
 void SoftmaxBackward(void* dx, const void* dy, const void* y, DType dtype, const SoftmaxRows& s, int64_t begin, int64_t end) {
   dispatch_float(dtype, "y", [&](auto tag) {
     using Raw = typename decltype(tag)::Raw;
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t visible = visible_columns(s, r), at = r * s.columns;
-      auto* out = static_cast<Raw*>(dx) + at;
-      auto *grad = static_cast<const Raw*>(dy) + at, *p = static_cast<const Raw*>(y) + at;
-      if (s.past_caches && is_streamable(out)) {
-        gradient_row<true>(tag, out, grad, p, s.scale, visible);
-      } else {
-        gradient_row<false>(tag, out, grad, p, s.scale, visible);
-      }
-      std::fill(out + visible, out + s.columns, Raw{0});
+    auto* out = static_cast<Raw*>(dx);
+    auto *grad = static_cast<const Raw*>(dy), *p = static_cast<const Raw*>(y);
+    const bool past = s.past_caches && is_streamable(out) && static_cast<size_t>(s.columns) * sizeof(Raw) % kStreamBytes == 0;
+    if (past) {
+      s.from_memory ? gradient_rows<true, true>(tag, out, grad, p, s, begin, end) : gradient_rows<true, false>(tag, out, grad, p, s, begin, end);
+    } else {
+      s.from_memory ? gradient_rows<false, true>(tag, out, grad, p, s, begin, end)
+                    : gradient_rows<false, false>(tag, out, grad, p, s, begin, end);
     }
   });
 }
