@@ -11,6 +11,9 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "kernels/dispatch.h"
 
@@ -27,8 +30,13 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream,
             Arguments&&... arguments) {
   DS_CHECK(blocks > 0 && blocks <= std::numeric_limits<int>::max(), name << ": cannot launch " << blocks << " blocks");
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(std::forward<Arguments>(arguments)...);
-  check(cudaGetLastError(), name);
+  std::tuple<std::remove_const_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {&value...};
+        check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0, stream), name);
+      },
+      values);
 }
 
 // Blocks so that each thread has one group of kPerThread elements.

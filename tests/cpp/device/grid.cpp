@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "host_cuda/grid.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <new>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace host_cuda {
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+
+enum class State { Ready, AtBlock, AtWarp, Done };
+
+// Stacks are kept from block to block; pages that no thread touches are never there.
+class Stacks {
+ public:
+  char* of(size_t thread) {
+    while (stacks_.size() <= thread) {
+      void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+      if (p == MAP_FAILED) throw std::bad_alloc();
+      stacks_.push_back(static_cast<char*>(p));
+    }
+    return stacks_[thread];
+  }
+  ~Stacks() {
+    for (char* p : stacks_) munmap(p, kStackBytes);
+  }
+
+ private:
+  std::vector<char*> stacks_;
+};
+
+struct Thread {
+  ucontext_t context;
+  State state = State::Ready;
+  unsigned turns = 0;  // exchanges so far: two sets of places take turns
+  unsigned mask = 0;
+};
+
+class Block {
+ public:
+  Block(unsigned threads, const std::function<void()>& body) : body_(body), threads_(threads), left_(2 * threads), order_(threads) {
+    std::iota(order_.begin(), order_.end(), 0u);
+  }
+
+  void run();
+  void wait(State state) {
+    Thread& me = threads_[running_];
+    me.state = state;
+    swapcontext(&me.context, &scheduler_);
+  }
+  uint64_t exchange(unsigned mask, uint64_t bits, int from) {
+    Thread& me = threads_[running_];
+    const size_t side = me.turns++ % 2 * threads_.size();
+    left_[side + running_] = bits;
+    me.mask = mask;
+    wait(State::AtWarp);
+    return left_[side + running_ / kLanes * kLanes + static_cast<size_t>(from)];
+  }
+  size_t running() const { return running_; }
+
+ private:
+  static void enter();
+  void resume(size_t thread);
+  bool release_warps();
+  bool release_block();
+  [[noreturn]] void fail(const std::string& what) const;
+
+  const std::function<void()>& body_;
+  std::vector<Thread> threads_;
+  std::vector<uint64_t> left_;
+  std::vector<unsigned> order_;
+  ucontext_t scheduler_;
+  size_t running_ = 0;
+};
+
+Order chosen = Order::Ascending;
+std::mt19937 dice;
+Block* current = nullptr;
+Stacks stacks;
+
+void arrange(std::vector<unsigned>& order) {
+  if (chosen == Order::Random) std::shuffle(order.begin(), order.end(), dice);
+}
+
+void Block::enter() {
+  current->body_();
+  current->threads_[current->running_].state = State::Done;  // the context that comes next is the scheduler
+}
+
+void Block::resume(size_t thread) {
+  running_ = thread;
+  threadIdx = {static_cast<unsigned>(thread), 0, 0};
+  swapcontext(&scheduler_, &threads_[thread].context);
+}
+
+void Block::fail(const std::string& what) const {
+  std::ostringstream message;
+  message << what << " in block " << blockIdx.x << ":";
+  for (size_t begin = 0; begin < threads_.size();) {
+    size_t end = begin;
+    while (end < threads_.size() && threads_[end].state == threads_[begin].state) ++end;
+    const char* const names[] = {"could go on", "wait for the block", "wait for their warp", "are done"};
+    message << " threads " << begin << "-" << end - 1 << " " << names[static_cast<int>(threads_[begin].state)] << ";";
+    begin = end;
+  }
+  throw std::logic_error(message.str());
+}
+
+bool Block::release_warps() {
+  bool any = false;
+  for (size_t warp = 0; warp < threads_.size(); warp += kLanes) {
+    const auto begin = threads_.begin() + static_cast<std::ptrdiff_t>(warp), end = begin + kLanes;
+    const auto waits = [](const Thread& t) { return t.state == State::AtWarp; };
+    if (std::none_of(begin, end, waits)) continue;
+    if (std::any_of(begin, end, [](const Thread& t) { return t.state == State::Done; })) fail("a warp exchanges values after lanes of it have left");
+    if (!std::all_of(begin, end, waits)) continue;
+    if (std::any_of(begin, end, [&](const Thread& t) { return t.mask != 0xffffffffu || t.turns != begin->turns; })) fail("a warp's mask leaves lanes out");
+    std::for_each(begin, end, [](Thread& t) { t.state = State::Ready; });
+    any = true;
+  }
+  return any;
+}
+
+// As the hardware does it: whoever has left is not waited for.
+bool Block::release_block() {
+  const auto is_there = [](const Thread& t) { return t.state == State::AtBlock || t.state == State::Done; };
+  if (!std::all_of(threads_.begin(), threads_.end(), is_there)) return false;
+  bool any = false;
+  for (Thread& t : threads_) {
+    if (t.state != State::AtBlock) continue;
+    t.state = State::Ready;
+    any = true;
+  }
+  return any;
+}
+
+void Block::run() {
+  if (chosen == Order::Descending) std::reverse(order_.begin(), order_.end());
+  for (size_t t = 0; t < threads_.size(); ++t) {
+    ucontext_t& context = threads_[t].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.of(t);
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = &scheduler_;
+    makecontext(&context, &Block::enter, 0);
+  }
+  const auto is_done = [](const Thread& t) { return t.state == State::Done; };
+  while (!std::all_of(threads_.begin(), threads_.end(), is_done)) {
+    arrange(order_);
+    bool moved = false;
+    for (unsigned t : order_) {
+      if (threads_[t].state != State::Ready) continue;
+      resume(t);
+      moved = true;
+    }
+    const bool warps = release_warps();
+    if (!release_block() && !warps && !moved) fail("no thread can go on");
+  }
+}
+
+}  // namespace
+
+void set_order(Order order, uint32_t seed) {
+  chosen = order;
+  dice.seed(seed);
+}
+
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
+  if (grid.y * grid.z * block.y * block.z != 1 || block.x % kLanes != 0 || block.x == 0 || block.x > 1024 || grid.x == 0) {
+    throw std::logic_error("a grid is one row of blocks, a block one row of whole warps");
+  }
+  gridDim = grid;
+  blockDim = block;
+  std::vector<unsigned> blocks(grid.x);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (chosen == Order::Descending) std::reverse(blocks.begin(), blocks.end());
+  arrange(blocks);
+  for (unsigned b : blocks) {
+    blockIdx = {b, 0, 0};
+    Block one(block.x, body);
+    current = &one;
+    one.run();
+  }
+}
+
+int lane() { return static_cast<int>(threadIdx.x % kLanes); }
+void wait_for_block() { current->wait(State::AtBlock); }
+uint64_t exchange_bits(unsigned mask, uint64_t bits, int from) { return current->exchange(mask, bits, from); }
+
+}  // namespace host_cuda
