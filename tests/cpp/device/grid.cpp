@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host_cuda/grid.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <numeric>
 #include <random>
@@ -21,29 +23,43 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 
-enum class State { Ready, AtBlock, AtWarp, Done };
-
-// Stacks are kept from block to block; pages that no thread touches are never there.
-class Stacks {
+// One flow of control with a stack of its own. It is entered by ucontext once; from then on one jumps, which takes no system call.
+class Fiber {
  public:
-  char* of(size_t thread) {
-    while (stacks_.size() <= thread) {
-      void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-      if (p == MAP_FAILED) throw std::bad_alloc();
-      stacks_.push_back(static_cast<char*>(p));
-    }
-    return stacks_[thread];
+  // The flow that runs this; has no stack of its own.
+  Fiber() = default;
+  // Runs `entry`, which must not return, at the first switch to it.
+  explicit Fiber(void (*entry)()) {
+    stack_ = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+    if (stack_ == MAP_FAILED) throw std::bad_alloc();
+    getcontext(&context_);
+    context_.uc_stack.ss_sp = stack_;
+    context_.uc_stack.ss_size = kStackBytes;
+    makecontext(&context_, entry, 0);
   }
-  ~Stacks() {
-    for (char* p : stacks_) munmap(p, kStackBytes);
+  ~Fiber() {
+    if (stack_ != nullptr) munmap(stack_, kStackBytes);
+  }
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+
+  static void change(Fiber& from, Fiber& to) {
+    if (_setjmp(from.place_) != 0) return;
+    if (to.entered_ || to.stack_ == nullptr) _longjmp(to.place_, 1);
+    to.entered_ = true;
+    setcontext(&to.context_);
   }
 
  private:
-  std::vector<char*> stacks_;
+  void* stack_ = nullptr;
+  bool entered_ = false;
+  ucontext_t context_;
+  jmp_buf place_;
 };
 
+enum class State { Ready, AtBlock, AtWarp, Done };
+
 struct Thread {
-  ucontext_t context;
   State state = State::Ready;
   unsigned turns = 0;  // exchanges so far: two sets of places take turns
   unsigned mask = 0;
@@ -57,9 +73,8 @@ class Block {
 
   void run();
   void wait(State state) {
-    Thread& me = threads_[running_];
-    me.state = state;
-    swapcontext(&me.context, &scheduler_);
+    threads_[running_].state = state;
+    Fiber::change(*fibers[running_], scheduler);
   }
   uint64_t exchange(unsigned mask, uint64_t bits, int from) {
     Thread& me = threads_[running_];
@@ -72,7 +87,7 @@ class Block {
   size_t running() const { return running_; }
 
  private:
-  static void enter();
+  static void live();
   void resume(size_t thread);
   bool release_warps();
   bool release_block();
@@ -82,28 +97,34 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<uint64_t> left_;
   std::vector<unsigned> order_;
-  ucontext_t scheduler_;
   size_t running_ = 0;
+
+  static Fiber scheduler;
+  static std::vector<std::unique_ptr<Fiber>> fibers;  // one a thread of a block, for all blocks that come
 };
+
+Fiber Block::scheduler;
+std::vector<std::unique_ptr<Fiber>> Block::fibers;
 
 Order chosen = Order::Ascending;
 std::mt19937 dice;
 Block* current = nullptr;
-Stacks stacks;
 
 void arrange(std::vector<unsigned>& order) {
   if (chosen == Order::Random) std::shuffle(order.begin(), order.end(), dice);
 }
 
-void Block::enter() {
-  current->body_();
-  current->threads_[current->running_].state = State::Done;  // the context that comes next is the scheduler
+void Block::live() {
+  for (;;) {
+    current->body_();
+    current->wait(State::Done);
+  }
 }
 
 void Block::resume(size_t thread) {
   running_ = thread;
   threadIdx = {static_cast<unsigned>(thread), 0, 0};
-  swapcontext(&scheduler_, &threads_[thread].context);
+  Fiber::change(scheduler, *fibers[thread]);
 }
 
 void Block::fail(const std::string& what) const {
@@ -116,6 +137,7 @@ void Block::fail(const std::string& what) const {
     message << " threads " << begin << "-" << end - 1 << " " << names[static_cast<int>(threads_[begin].state)] << ";";
     begin = end;
   }
+  fibers.clear();  // some are in the midst of a kernel
   throw std::logic_error(message.str());
 }
 
@@ -149,14 +171,7 @@ bool Block::release_block() {
 
 void Block::run() {
   if (chosen == Order::Descending) std::reverse(order_.begin(), order_.end());
-  for (size_t t = 0; t < threads_.size(); ++t) {
-    ucontext_t& context = threads_[t].context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks.of(t);
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = &scheduler_;
-    makecontext(&context, &Block::enter, 0);
-  }
+  while (fibers.size() < threads_.size()) fibers.push_back(std::make_unique<Fiber>(&Block::live));
   const auto is_done = [](const Thread& t) { return t.state == State::Done; };
   while (!std::all_of(threads_.begin(), threads_.end(), is_done)) {
     arrange(order_);
