@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "kernels/optim/element.h"
 #include "kernels/reduce/reduce.h"
 #include "optim/split_master.h"
 #include "optim/tensor_step.h"
@@ -177,6 +178,14 @@ void lamb_apply(float lr_times_ratio, const at::Tensor& p, const at::Tensor& u, 
   ops::for_chunks(p.numel(), kChunk, [&](int64_t, int64_t b, int64_t e) {
     kernels::lamb_apply(lr_times_ratio, f32_at(p, b), f32_at(u, b), at_index(low, b), ld, e - b);
   });
+}
+
+void lamb_apply(const kernels::LambScale& scale, const at::Tensor& norms, const at::Tensor& ratio, const at::Tensor& p, const at::Tensor& u,
+                const at::Tensor& low) {
+  double* found = ratio.data_ptr<double>();
+  DS_ON_CUDA(p, kernels::lamb_apply(scale, norms.data_ptr<double>(), found, f32(p), f32(u), ptr(low), dtype_or_f32(low), p.numel(), stream_of(p)));
+  *found = kernels::trust_ratio(norms.data_ptr<double>(), scale);
+  lamb_apply(static_cast<float>(scale.lr * *found), p, u, low);
 }
 
 }  // namespace ds::optim

@@ -36,5 +36,8 @@ void sgd(const kernels::Sgd& h, float grad_scale, const at::Tensor& p, const at:
 void lamb_direction(const kernels::Lamb& h, float grad_scale, const at::Tensor& p, const at::Tensor& g, const at::Tensor& m,
                     const at::Tensor& v, const at::Tensor& u, const at::Tensor& norms);
 void lamb_apply(float lr_times_ratio, const at::Tensor& p, const at::Tensor& u, const at::Tensor& low);
+// By the ratio of complete norms, which is written to `ratio`, a double beside them: nothing waits for a GPU.
+void lamb_apply(const kernels::LambScale& scale, const at::Tensor& norms, const at::Tensor& ratio, const at::Tensor& p, const at::Tensor& u,
+                const at::Tensor& low);
 
 }  // namespace ds::optim

@@ -5,9 +5,9 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "base/error.h"
+#include "kernels/optim/element.h"
 #include "optim/device_ops.h"
 #include "optim/long_lived.h"
 #include "optim/split_master.h"
@@ -348,8 +348,7 @@ void SliceOptimizer::step_lamb(const std::vector<Hyper>& groups, const std::vect
     for (const Segment& s : slice.segments) {
       if (contains(frozen_, s.param)) continue;
       const Hyper h = counted_for(groups.at(s.group), s);
-      const double w = std::sqrt(values[2 * s.param]), u = std::sqrt(values[2 * s.param + 1]);
-      const double ratio = w > 0 && u > 0 ? std::clamp(w / u, h.min_coeff, h.max_coeff) : 1.0;
+      const double ratio = kernels::trust_ratio(values + 2 * s.param, {h.lr, h.min_coeff, h.max_coeff});
       lamb_apply(static_cast<float>(h.lr * ratio), part(slice.master, s), part(grads[i], s), part(slice.low, s));
     }
   }

@@ -18,9 +18,9 @@ void adagrad_step(const kernels::Adagrad& h, float grad_scale, const Tensors& pa
 // momentum_buffers is empty when h.momentum is 0.
 void sgd_step(const kernels::Sgd& h, float grad_scale, const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
               const Storage& storage = {});
-// Returns each parameter's trust ratio ||p|| / ||u||, clamped to [min_coeff, max_coeff]; 1 where a norm is zero. What is not float32 is widened
-// one parameter at a time.
-std::vector<double> lamb_step(const kernels::Lamb& h, double min_coeff, double max_coeff, float grad_scale, const Tensors& params,
-                              const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Storage& storage = {});
+// Returns the parameters' trust ratios ||p|| / ||u||, clamped to [min_coeff, max_coeff], 1 where a norm is zero: float64, where the parameters
+// are, so that nobody waits for a GPU who does not look at them. What is not float32 is widened one parameter at a time.
+at::Tensor lamb_step(const kernels::Lamb& h, double min_coeff, double max_coeff, float grad_scale, const Tensors& params, const Tensors& grads,
+                     const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Storage& storage = {});
 
 }  // namespace ds::optim

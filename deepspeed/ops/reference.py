@@ -75,7 +75,7 @@ def sgd_step(params, grads, momentum_buffers, *, lr, momentum, dampening, weight
 
 def lamb_step(params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, eps, weight_decay, bias_correction, eps_inside_sqrt,
               min_coeff, max_coeff, grad_scale=1.0):
-    """LAMB (You et al. 2020). Returns the trust ratios."""
+    """LAMB (You et al. 2020). Returns the trust ratios, float64."""
     bc1 = 1 - beta1**step if bias_correction else 1.0
     bc2 = 1 - beta2**step if bias_correction else 1.0
     ratios = []
@@ -90,4 +90,4 @@ def lamb_step(params, grads, exp_avgs, exp_avg_sqs, *, step, lr, beta1, beta2, e
         p.add_(u, alpha=-lr * ratios[-1])
 
     _each(update, grad_scale, params, grads, exp_avgs, exp_avg_sqs)
-    return ratios
+    return torch.tensor(ratios, dtype=torch.float64)

@@ -46,6 +46,14 @@ DS_HD float root(float a) {
 #endif
 }
 
+// LAMB's ||p|| / ||u||, from the squares of both norms.
+DS_HD double trust_ratio(const double* norms, const LambScale& scale) {
+  const double p_norm = std::sqrt(norms[0]), u_norm = std::sqrt(norms[1]);
+  if (p_norm == 0.0 || u_norm == 0.0) return 1.0;
+  const double ratio = p_norm / u_norm;
+  return ratio < scale.min_coeff ? scale.min_coeff : ratio > scale.max_coeff ? scale.max_coeff : ratio;
+}
+
 // a + w (b - a), written from the nearer end as torch.lerp does: the error then is that of one rounding near the result.
 struct Lerp {
   float w, rest;  // rest = 1 - w

@@ -33,9 +33,8 @@ struct LambApply {
 };
 
 template <class Update, class G, class Low>
-__global__ void __launch_bounds__(kThreads)
-    update_kernel(Update update, float grad_scale, float* p, const typename G::Raw* g, float* s0, float* s1,
-                  typename Low::Raw* low, int64_t n, bool is_aligned) {
+__device__ __forceinline__ void update_group(const Update& update, float grad_scale, float* p, const typename G::Raw* g, float* s0, float* s1,
+                                             typename Low::Raw* low, int64_t n, bool is_aligned) {
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kPerThread;
   if (i >= n) return;
   const Group at = group_at(i, n, is_aligned);
@@ -50,6 +49,22 @@ __global__ void __launch_bounds__(kThreads)
   if (Update::kStates > 0) store(F32{}, first, s0, at);
   if (Update::kStates > 1) store(F32{}, second, s1, at);
   store(Low{}, param, low, at);
+}
+
+template <class Update, class G, class Low>
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(Update update, float grad_scale, float* p, const typename G::Raw* g, float* s0, float* s1,
+                  typename Low::Raw* low, int64_t n, bool is_aligned) {
+  update_group<Update, G, Low>(update, grad_scale, p, g, s0, s1, low, n, is_aligned);
+}
+
+template <class Low>
+__global__ void __launch_bounds__(kThreads)
+    lamb_apply_kernel(LambScale scale, const double* norms, double* ratio, float* p, const float* u, typename Low::Raw* low, int64_t n,
+                      bool is_aligned) {
+  const double found = trust_ratio(norms, scale);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *ratio = found;
+  update_group<LambApply, F32, Low>(LambApply{}, static_cast<float>(scale.lr * found), p, u, nullptr, nullptr, low, n, is_aligned);
 }
 
 template <class Update>
@@ -148,6 +163,19 @@ void lamb_apply(float lr_times_ratio, float* p, const float* u, void* low, DType
                 cudaStream_t stream) {
   check_arrays(n, {{p, "p"}, {u, "u"}});
   update_slice("lamb_apply", LambApply{}, lr_times_ratio, p, u, DType::F32, nullptr, nullptr, low, low_dt, n, stream);
+}
+
+void lamb_apply(const LambScale& scale, const double* norms, double* ratio, float* p, const float* u, void* low, DType low_dt, int64_t n,
+                cudaStream_t stream) {
+  check_arrays(n, {{p, "p"}, {u, "u"}});
+  DS_CHECK_VALUE(norms != nullptr, "norms is null");
+  DS_CHECK_VALUE(ratio != nullptr, "ratio is null");
+  dispatch_optional(low, low_dt, "low", [&](auto out) {
+    using Low = decltype(out);
+    if (n == 0) return;
+    launch("lamb_apply", lamb_apply_kernel<Low>, blocks_for(n), stream, scale, norms, ratio, p, u, static_cast<typename Low::Raw*>(low), n,
+           aligned({p, u, low}));
+  });
 }
 
 }  // namespace ds::kernels

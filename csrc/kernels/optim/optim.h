@@ -58,6 +58,10 @@ struct Lamb {
 void lamb_direction(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n,
                     double* norms);
 void lamb_apply(float lr_times_ratio, float* p, const float* u, void* low, DType low_dt, int64_t n);
+// lr and the bounds of the trust ratio ||p|| / ||u||, which is 1 where a norm is zero (element.h: trust_ratio).
+struct LambScale {
+    double lr, min_coeff, max_coeff;
+};
 
 // Plain scalar loops with the same results bit for bit: the oracle of the tests.
 void adam_ref(const Adam& h, float grad_scale, float* p, const void* g, DType g_dt, float* m, float* v, void* low, DType low_dt, int64_t n);
@@ -81,5 +85,8 @@ void sgd(const Sgd& h, float grad_scale, float* p, const void* g, DType g_dt, fl
 void lamb_direction(const Lamb& h, float grad_scale, const float* p, const void* g, DType g_dt, float* m, float* v, float* u, int64_t n,
                     double* norms, void* workspace, cudaStream_t stream);
 void lamb_apply(float lr_times_ratio, float* p, const float* u, void* low, DType low_dt, int64_t n, cudaStream_t stream);
+// The same with lr times the ratio of `norms`, which never leave the device; the ratio is written to *ratio.
+void lamb_apply(const LambScale& scale, const double* norms, double* ratio, float* p, const float* u, void* low, DType low_dt, int64_t n,
+                cudaStream_t stream);
 
 }  // namespace ds::kernels

@@ -35,23 +35,23 @@ class FusedLamb(FusedOptimizer):
 
     def _update(self, group, step, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
-        self._coefficients += backend.lamb_step(
+        self._coefficients.append(backend.lamb_step(
             params, grads, *states, step=step, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2), eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]), bias_correction=bool(group["bias_correction"]),
             eps_inside_sqrt=bool(group["eps_inside_sqrt"]), min_coeff=float(group["min_coeff"]), max_coeff=float(group["max_coeff"]),
-            grad_scale=self._clip_scale(group), **options)
+            grad_scale=self._clip_scale(group), **options))
 
     def _clip_scale(self, group):
         limit = float(group["max_grad_norm"])
         if limit <= 0:
             return 1.0
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in group["params"] if p.grad is not None]
-        norm = float(torch.stack([n.cpu() for n in norms]).norm())
+        norm = float(torch.stack([n.to(norms[0].device) for n in norms]).norm())  # one wait for a GPU, not one a parameter
         return min(1.0, limit / (norm + 1e-6))
 
     def get_lamb_coeffs(self):
         """The ratios of the last step, one a parameter that had a gradient, in the order of the groups."""
-        return list(self._coefficients)
+        return [ratio for group in self._coefficients for ratio in group.tolist()]
 
 
 add_options_to(FusedLamb)
