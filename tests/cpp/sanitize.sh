@@ -4,6 +4,7 @@
 #
 #   tests/cpp/sanitize.sh [SANITIZERS [FOLDER...]]      default: address,undefined, of io offload platform checkpoint
 #   tests/cpp/sanitize.sh thread
+#   tests/cpp/sanitize.sh address,undefined device      the CUDA kernels, run on the host
 #
 # Builds into build/sanitize-SANITIZERS. What the kernel does between an io_uring entry and its answer ThreadSanitizer is told by
 # csrc/io/kernel_order.h, so a thread that touches the memory of a transfer that is under way is found as well.

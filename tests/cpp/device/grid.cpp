@@ -15,6 +15,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -22,6 +26,15 @@ namespace host_cuda {
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+
+// AddressSanitizer is told on which stack things go on.
+#ifdef __SANITIZE_ADDRESS__
+void start_switch_fiber(void** fake, const void* to, size_t bytes) { __sanitizer_start_switch_fiber(fake, to, bytes); }
+void finish_switch_fiber(void* fake, const void** from, size_t* bytes) { __sanitizer_finish_switch_fiber(fake, from, bytes); }
+#else
+void start_switch_fiber(void**, const void*, size_t) {}
+void finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
 
 // One flow of control with a stack of its own. It is entered by ucontext once; from then on one jumps, which takes no system call.
 class Fiber {
@@ -44,18 +57,27 @@ class Fiber {
   Fiber& operator=(const Fiber&) = delete;
 
   static void change(Fiber& from, Fiber& to) {
-    if (_setjmp(from.place_) != 0) return;
+    start_switch_fiber(&from.fake_stack_, to.stack_ == nullptr ? host_stack : to.stack_, to.stack_ == nullptr ? host_bytes : kStackBytes);
+    if (_setjmp(from.place_) != 0) return finish_switch_fiber(from.fake_stack_, nullptr, nullptr);
     if (to.entered_ || to.stack_ == nullptr) _longjmp(to.place_, 1);
     to.entered_ = true;
     setcontext(&to.context_);
   }
+  // The first thing that `entry` does.
+  static void entered() { finish_switch_fiber(nullptr, &host_stack, &host_bytes); }
 
  private:
+  static const void* host_stack;  // as AddressSanitizer knows it
+  static size_t host_bytes;
   void* stack_ = nullptr;
+  void* fake_stack_ = nullptr;
   bool entered_ = false;
   ucontext_t context_;
   jmp_buf place_;
 };
+
+const void* Fiber::host_stack = nullptr;
+size_t Fiber::host_bytes = 0;
 
 enum class State { Ready, AtBlock, AtWarp, Done };
 
@@ -115,6 +137,7 @@ void arrange(std::vector<unsigned>& order) {
 }
 
 void Block::live() {
+  Fiber::entered();
   for (;;) {
     current->body_();
     current->wait(State::Done);
