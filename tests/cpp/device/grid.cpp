@@ -79,6 +79,20 @@ class Fiber {
 const void* Fiber::host_stack = nullptr;
 size_t Fiber::host_bytes = 0;
 
+Order chosen = Order::Ascending;
+std::mt19937 dice;
+unsigned most_blocks = 0;
+
+void arrange(std::vector<unsigned>& order) {
+  if (chosen == Order::Random) std::shuffle(order.begin(), order.end(), dice);
+}
+std::vector<unsigned> in_order(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (chosen == Order::Descending) std::reverse(order.begin(), order.end());
+  return order;
+}
+
 enum class State { Ready, AtBlock, AtWarp, Done };
 
 struct Thread {
@@ -89,9 +103,8 @@ struct Thread {
 
 class Block {
  public:
-  Block(unsigned threads, const std::function<void()>& body) : body_(body), threads_(threads), left_(2 * threads), order_(threads) {
-    std::iota(order_.begin(), order_.end(), 0u);
-  }
+  Block(unsigned threads, const std::function<void()>& body)
+      : body_(body), threads_(threads), left_(2 * threads), warps_(in_order(threads / kLanes)), lanes_(in_order(kLanes)) {}
 
   void run();
   void wait(State state) {
@@ -111,14 +124,15 @@ class Block {
  private:
   static void live();
   void resume(size_t thread);
-  bool release_warps();
+  bool release_warp(size_t warp);
+  bool run_warp(size_t warp);
   bool release_block();
   [[noreturn]] void fail(const std::string& what) const;
 
   const std::function<void()>& body_;
   std::vector<Thread> threads_;
   std::vector<uint64_t> left_;
-  std::vector<unsigned> order_;
+  std::vector<unsigned> warps_, lanes_;  // in the order in which they go on
   size_t running_ = 0;
 
   static Fiber scheduler;
@@ -128,13 +142,7 @@ class Block {
 Fiber Block::scheduler;
 std::vector<std::unique_ptr<Fiber>> Block::fibers;
 
-Order chosen = Order::Ascending;
-std::mt19937 dice;
 Block* current = nullptr;
-
-void arrange(std::vector<unsigned>& order) {
-  if (chosen == Order::Random) std::shuffle(order.begin(), order.end(), dice);
-}
 
 void Block::live() {
   Fiber::entered();
@@ -164,19 +172,30 @@ void Block::fail(const std::string& what) const {
   throw std::logic_error(message.str());
 }
 
-bool Block::release_warps() {
-  bool any = false;
-  for (size_t warp = 0; warp < threads_.size(); warp += kLanes) {
-    const auto begin = threads_.begin() + static_cast<std::ptrdiff_t>(warp), end = begin + kLanes;
-    const auto waits = [](const Thread& t) { return t.state == State::AtWarp; };
-    if (std::none_of(begin, end, waits)) continue;
-    if (std::any_of(begin, end, [](const Thread& t) { return t.state == State::Done; })) fail("a warp exchanges values after lanes of it have left");
-    if (!std::all_of(begin, end, waits)) continue;
-    if (std::any_of(begin, end, [&](const Thread& t) { return t.mask != 0xffffffffu || t.turns != begin->turns; })) fail("a warp's mask leaves lanes out");
-    std::for_each(begin, end, [](Thread& t) { t.state = State::Ready; });
-    any = true;
-  }
-  return any;
+bool Block::release_warp(size_t warp) {
+  const auto begin = threads_.begin() + static_cast<std::ptrdiff_t>(warp * kLanes), end = begin + kLanes;
+  const auto waits = [](const Thread& t) { return t.state == State::AtWarp; };
+  if (std::none_of(begin, end, waits)) return false;
+  if (std::any_of(begin, end, [](const Thread& t) { return t.state == State::Done; })) fail("a warp exchanges values after lanes of it have left");
+  if (!std::all_of(begin, end, waits)) return false;
+  const auto differs = [&](const Thread& t) { return t.mask != 0xffffffffu || t.turns != begin->turns; };
+  if (std::any_of(begin, end, differs)) fail("a warp's mask leaves lanes out");
+  std::for_each(begin, end, [](Thread& t) { t.state = State::Ready; });
+  return true;
+}
+
+// Up to where it waits for the block: as far ahead of the others as a warp can get.
+bool Block::run_warp(size_t warp) {
+  bool moved = false;
+  do {
+    arrange(lanes_);
+    for (unsigned lane : lanes_) {
+      if (threads_[warp * kLanes + lane].state != State::Ready) continue;
+      resume(warp * kLanes + lane);
+      moved = true;
+    }
+  } while (release_warp(warp));
+  return moved;
 }
 
 // As the hardware does it: whoever has left is not waited for.
@@ -193,19 +212,13 @@ bool Block::release_block() {
 }
 
 void Block::run() {
-  if (chosen == Order::Descending) std::reverse(order_.begin(), order_.end());
   while (fibers.size() < threads_.size()) fibers.push_back(std::make_unique<Fiber>(&Block::live));
   const auto is_done = [](const Thread& t) { return t.state == State::Done; };
   while (!std::all_of(threads_.begin(), threads_.end(), is_done)) {
-    arrange(order_);
+    arrange(warps_);
     bool moved = false;
-    for (unsigned t : order_) {
-      if (threads_[t].state != State::Ready) continue;
-      resume(t);
-      moved = true;
-    }
-    const bool warps = release_warps();
-    if (!release_block() && !warps && !moved) fail("no thread can go on");
+    for (unsigned warp : warps_) moved = run_warp(warp) || moved;
+    if (!release_block() && !moved) fail("no thread can go on");
   }
 }
 
@@ -216,15 +229,16 @@ void set_order(Order order, uint32_t seed) {
   dice.seed(seed);
 }
 
+void limit_grid(unsigned blocks) { most_blocks = blocks; }
+
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
   if (grid.y * grid.z * block.y * block.z != 1 || block.x % kLanes != 0 || block.x == 0 || block.x > 1024 || grid.x == 0) {
     throw std::logic_error("a grid is one row of blocks, a block one row of whole warps");
   }
+  if (most_blocks > 0) grid.x = std::min(grid.x, most_blocks);
   gridDim = grid;
   blockDim = block;
-  std::vector<unsigned> blocks(grid.x);
-  std::iota(blocks.begin(), blocks.end(), 0u);
-  if (chosen == Order::Descending) std::reverse(blocks.begin(), blocks.end());
+  std::vector<unsigned> blocks = in_order(grid.x);
   arrange(blocks);
   for (unsigned b : blocks) {
     blockIdx = {b, 0, 0};

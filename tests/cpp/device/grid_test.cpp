@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The grid finds what it is there to find.
+#include <algorithm>
 #include <stdexcept>
 
 #include "arrays.h"
@@ -30,6 +31,27 @@ TEST(Grid, AMissingBarrierShowsInTheBits) {
   host_cuda::set_order(Order::Ascending);
 }
 
+// The first warp leaves a value and the others take it, three times over: the second must not be left while the first is still to be taken.
+TEST(Grid, AWarpThatDoesNotWaitOvertakesTheOthers) {
+  const auto relay = [](bool waits) {
+    int left = 0, taken[3][64] = {};
+    host_cuda::run_grid(dim3(1), dim3(64), [&] {
+      for (int turn = 0; turn < 3; ++turn) {
+        __shfl_xor_sync(0xffffffffu, turn, 1);
+        if (waits) __syncthreads();
+        if (threadIdx.x == 0) left = turn + 1;
+        __syncthreads();
+        taken[turn][threadIdx.x] = left;
+      }
+    });
+    int right = 0;
+    for (int turn = 0; turn < 3; ++turn) right += static_cast<int>(std::count(taken[turn], taken[turn] + 64, turn + 1));
+    return right;
+  };
+  EXPECT_EQ(relay(true), 3 * 64);
+  EXPECT_LT(relay(false), 3 * 64);
+}
+
 TEST(Grid, RunsEveryThreadOfEveryBlockOnce) {
   for (Order order : {Order::Ascending, Order::Descending, Order::Random}) {
     host_cuda::set_order(order);
@@ -40,6 +62,16 @@ TEST(Grid, RunsEveryThreadOfEveryBlockOnce) {
     }
   }
   host_cuda::set_order(Order::Ascending);
+}
+
+TEST(Grid, HasAtMostSoManyBlocks) {
+  int runs[5] = {};
+  host_cuda::limit_grid(2);
+  host_cuda::run_grid(dim3(5), dim3(32), [&] {
+    for (unsigned b = blockIdx.x; b < 5; b += gridDim.x) ++runs[b];
+  });
+  host_cuda::limit_grid(0);
+  for (int count : runs) EXPECT_EQ(count, 32);
 }
 
 TEST(Grid, AWarpSumsUp) {
@@ -76,7 +108,8 @@ TEST(Grid, SaysWhoWaitsForWhom) {
               if (threadIdx.x < 16) return;
               __shfl_xor_sync(0xffffffffu, 1, 1);
             }),
-            "a warp exchanges values after lanes of it have left in block 0: threads 0-15 are done; threads 16-63 wait for their warp;");
+            "a warp exchanges values after lanes of it have left in block 0: threads 0-15 are done; threads 16-31 wait for their warp; "
+            "threads 32-63 could go on;");
   EXPECT_EQ(complaint([] {
               if (threadIdx.x == 40) __syncthreads();
               else __shfl_xor_sync(0xffffffffu, 1, 1);

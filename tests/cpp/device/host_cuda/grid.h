@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A grid of CUDA threads on one thread of the host: a block's threads are fibers, resumed one after the other up to the next place where they
-// wait for each other. In which order is the test's choice: whoever forgot to wait gets other bits from another order.
+// wait for each other; a warp runs on until it waits for the block, however far the others are behind. In which order is the test's choice:
+// whoever forgot to wait gets other bits from another order.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +22,12 @@ namespace host_cuda {
 
 constexpr int kLanes = 32;
 
-// The order in which waiting threads go on, and blocks come: ascending, descending, or drawn anew at every turn.
+// The order in which waiting warps and their lanes go on, and blocks come: ascending, descending, or drawn anew at every turn.
 enum class Order { Ascending, Descending, Random };
 void set_order(Order order, uint32_t seed = 0);
+// From now on a grid has at most `blocks` blocks, whatever was asked for: as if the kernel's own limit were so low. Only for kernels whose
+// blocks go on with what further blocks would have done; 0 lifts the limit.
+void limit_grid(unsigned blocks);
 
 // Runs body() once for every thread. Throws std::logic_error, which says who waits where, when no thread can go on, or when a warp exchanges
 // values without all of its lanes.
