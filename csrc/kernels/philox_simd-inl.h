@@ -57,7 +57,7 @@ class PhiloxVectors {
     const D d;
     const D64 d64;
     const auto multiplier0 = hn::Set(d, kPhiloxMultiplier0), multiplier1 = hn::Set(d, kPhiloxMultiplier1);
-    uint64_t order[kWords / 2];  // the counters of the first vector in the even lanes, where interleaving takes them from
+    alignas(64) uint64_t order[kWords / 2];  // the counters of the first vector in the even lanes, where interleaving takes them from
     for (int64_t lane = 0; lane < kWords / 2; ++lane) order[lane] = static_cast<uint64_t>(lane % 2 * (kWords / 4) + lane / 2);
     Wide c0[kPairs], c1[kPairs], c2[kPairs], c3[kPairs];
     for (int v = 0; v < kPairs; ++v) {

@@ -76,7 +76,7 @@ struct DropoutBackwardPiece {
 // piece(mask, at, column) makes the body for elements from `at` on, which lie in one row from `column` on.
 template <class Piece>
 HWY_INLINE void for_pieces(const Dropout& dropout, int64_t first, int64_t n, int64_t cols, const Piece& piece) {
-  uint32_t words[kBlock + 2 * kPairLanes] = {};
+  alignas(64) uint32_t words[kBlock + 2 * kPairLanes] = {};
   const PhiloxVectors generator(dropout.seed, dropout.offset);
   const int32_t threshold = philox_threshold(dropout.p);
   const V scale = hn::Set(FloatTag(), dropout.p < 1.0 ? static_cast<float>(1.0 / (1.0 - dropout.p)) : 0.0f);
