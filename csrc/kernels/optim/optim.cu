@@ -172,8 +172,8 @@ void lamb_apply(const LambScale& scale, const double* norms, double* ratio, floa
   DS_CHECK_VALUE(ratio != nullptr, "ratio is null");
   dispatch_optional(low, low_dt, "low", [&](auto out) {
     using Low = decltype(out);
-    if (n == 0) return;
-    launch("lamb_apply", lamb_apply_kernel<Low>, blocks_for(n), stream, scale, norms, ratio, p, u, static_cast<typename Low::Raw*>(low), n,
+    const int64_t blocks = std::max<int64_t>(1, blocks_for(n));  // somebody writes the ratio
+    launch("lamb_apply", lamb_apply_kernel<Low>, blocks, stream, scale, norms, ratio, p, u, static_cast<typename Low::Raw*>(low), n,
            aligned({p, u, low}));
   });
 }

@@ -7,6 +7,7 @@
 
 #include "arrays.h"
 #include "base/error.h"
+#include "kernels/optim/element.h"
 #include "kernels/reduce/reduce.h"
 
 namespace ds::kernels::testing {
@@ -161,6 +162,25 @@ TEST(DeviceOptim, LambApplyHasTheBitsOfTheReference) {
   });
 }
 
+// The same with lr times a ratio that lies on the device: none of the elements' doing, so it is there without elements, too.
+TEST(DeviceOptim, LambApplyByNormsHasTheBitsOfTheReference) {
+  const LambScale scale{1e-2, 0.05, 3.0};
+  for_every_slice([&](Way way, int64_t step, Held& s, DeviceArray&, int64_t n) {
+    DeviceArray norms(DType::F64, 2), ratio(DType::F64, 1);
+    norms.as<double>()[0] = 5.0;
+    norms.as<double>()[1] = static_cast<double>(step);
+    const double found = trust_ratio(norms.as<double>(), scale);
+    const float by = static_cast<float>(scale.lr * found);
+    float *p = s.p.floats(), *u = s.s0.floats();
+    const DType low_dt = s.low.dtype();
+    if (way == Way::Simd) return lamb_apply(by, p, u, s.copy(), low_dt, n);
+    if (way == Way::Reference) return lamb_apply_ref(by, p, u, s.copy(), low_dt, n);
+    lamb_apply(scale, norms.as<double>(), ratio.as<double>(), p, u, s.copy(), low_dt, n, nullptr);
+    EXPECT_EQ(*ratio.as<double>(), found);
+    EXPECT_TRUE(norms.guards_intact() && ratio.guards_intact());
+  });
+}
+
 // Sums of n squares, in doubles: the reference adds up to n / 16 + 4 of them one after the other, the device up to 4 n / 2^20 + 4 in a thread and 25
 // in the tree and the join; both add to what is there.
 double norm_tolerance(int64_t n) { return 0x1p-53 * (static_cast<double>(n) / 16 + 60); }
@@ -211,6 +231,11 @@ TEST(DeviceOptim, LambDirectionHasTheBitsOfTheReference) {
 // More than the 1024 blocks that leave sums: threads take several groups.
 TEST(DeviceOptim, LambDirectionOfALargeSlice) {
   expect_equal_directions({1e-2, 0.9, 0.999, 1e-6, 0.1, true, 3}, 1024 * 1027 + 2, DType::BF16, {});
+}
+
+// Of what is not there a thread's last group makes 0 / 0, which no norm hears of.
+TEST(DeviceOptim, LambDirectionWithoutEps) {
+  expect_equal_directions({1e-2, 0.9, 0.999, 0.0, 0.1, true, 3}, 1023, DType::F32, {});
 }
 
 // The header: equal bits wherever the elements lie, so alignment changes no sum either.
@@ -269,6 +294,8 @@ TEST(DeviceOptim, RefusesBadArguments) {
   EXPECT_THROW(lamb_direction({}, 1, x, x, DType::F32, x, x, x, 4, nullptr, x, nullptr), ValueError);
   EXPECT_THROW(lamb_direction({}, 1, x, x, DType::F32, x, x, x, 4, norms, nullptr, nullptr), ValueError);
   EXPECT_THROW(lamb_apply(1, x, nullptr, nullptr, DType::F32, 4, nullptr), ValueError);
+  EXPECT_THROW(lamb_apply({}, nullptr, norms, x, x, nullptr, DType::F32, 4, nullptr), ValueError);
+  EXPECT_THROW(lamb_apply({}, norms, nullptr, x, x, nullptr, DType::F32, 4, nullptr), ValueError);
 }
 
 }  // namespace
