@@ -179,14 +179,6 @@ HWY_EXPORT(Narrow);
 
 namespace {
 
-void check_stored(const Stored& a, const char* name, bool may_be_codes, int64_t n) {
-  check_arrays(n, {{a.data, name}});
-  const bool is_code = a.form == Form::Signed8 || a.form == Form::Unsigned8, is_param_form = a.form == Form::Split || a.form == Form::Stochastic;
-  DS_CHECK_VALUE(may_be_codes ? !is_param_form : !is_code, name << " cannot have the form " << form_name(a.form));
-  DS_CHECK_VALUE(n == 0 || a.extra != nullptr || !(is_code || a.form == Form::Split), name << " has the form " << form_name(a.form) << " without "
-                 << (is_code ? "scales" : "low bits"));
-}
-
 Slice plain_slice(float* p, const void* g, DType g_dt, float* s0, float* s1, void* low, DType low_dt) {
   return {{Form::F32, p}, g, g_dt, {{Form::F32, s0}, {Form::F32, s1}}, low, low_dt, {}};
 }
@@ -194,11 +186,7 @@ Slice plain_slice(float* p, const void* g, DType g_dt, float* s0, float* s1, voi
 }  // namespace
 
 void step(const Rule& rule, float grad_scale, const Slice& a, int64_t n) {
-  const int states = states_of(rule);
-  check_stored(a.p, "p", false, n);
-  check_arrays(n, {{a.g, "g"}});
-  for (int k = 0; k < states; ++k) check_stored(a.states[k], k == 0 ? "states[0]" : "states[1]", true, n);
-  DS_CHECK_VALUE(a.low == nullptr || a.p.form == Form::F32, "low: only a float32 p has a copy beside it, not one in the form " << form_name(a.p.form));
+  check_slice(rule, a, n);
   HWY_DYNAMIC_DISPATCH(StepSlice)(rule, grad_scale, a, n);
 }
 

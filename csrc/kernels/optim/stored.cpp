@@ -70,6 +70,27 @@ int states_of(const Rule& rule) {
   return 1;
 }
 
+namespace {
+
+void check_stored(const Stored& a, const char* name, bool may_be_codes, int64_t n) {
+  check_arrays(n, {{a.data, name}});
+  const bool is_code = a.form == Form::Signed8 || a.form == Form::Unsigned8, is_param_form = a.form == Form::Split || a.form == Form::Stochastic;
+  DS_CHECK_VALUE(may_be_codes ? !is_param_form : !is_code, name << " cannot have the form " << form_name(a.form));
+  DS_CHECK_VALUE(n == 0 || a.extra != nullptr || !(is_code || a.form == Form::Split), name << " has the form " << form_name(a.form) << " without "
+                 << (is_code ? "scales" : "low bits"));
+}
+
+}  // namespace
+
+void check_slice(const Rule& rule, const Slice& a, int64_t n) {
+  check_stored(a.p, "p", false, n);
+  check_arrays(n, {{a.g, "g"}});
+  dispatch_float(a.g_dt, "g", [](auto) {});
+  for (int k = 0; k < states_of(rule); ++k) check_stored(a.states[k], k == 0 ? "states[0]" : "states[1]", true, n);
+  dispatch_optional(a.low, a.low_dt, "low", [](auto) {});
+  DS_CHECK_VALUE(a.low == nullptr || a.p.form == Form::F32, "low: only a float32 p has a copy beside it, not one in the form " << form_name(a.p.form));
+}
+
 // ------------------------------------------------------------------------------------------------------- reference
 
 namespace {

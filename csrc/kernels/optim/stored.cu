@@ -261,6 +261,7 @@ void write_step_table(const ManyPlan& plan, const std::vector<Slice>& slices, co
 }
 
 void step_many(const Rule& rule, float grad_scale, const Slice& like, const ManyPlan& plan, const void* device_table, cudaStream_t stream) {
+  check_slice(rule, like, 0);
   if (plan.chunks == 0) return;
   const Forms forms = forms_of(like, states_of(rule));
   const auto* entries = static_cast<const Entry*>(device_table);

@@ -50,6 +50,8 @@ struct Slice {
 
 using Rule = std::variant<AdamConstants, LionConstants, AdagradConstants, SgdConstants>;
 int states_of(const Rule& rule);
+// Throws a ValueError that names what `step` cannot do with the slice.
+void check_slice(const Rule& rule, const Slice& slice, int64_t n);
 
 void step(const Rule& rule, float grad_scale, const Slice& slice, int64_t n);
 void step_ref(const Rule& rule, float grad_scale, const Slice& slice, int64_t n);

@@ -26,7 +26,7 @@ void write_arrays_table(const ManyPlan& plan, const std::vector<FloatArray>& arr
 inline int64_t many_workspace_bytes(const ManyPlan& plan) { return plan.chunks * 2 * static_cast<int64_t>(sizeof(double)); }
 void squares_many(const ManyPlan& plan, const void* device_table, double* stats, void* workspace, cudaStream_t stream);
 
-// Every element times float(*factor), a number on the device, rounded once; nothing is written if it is 1.
+// Every element times float(*factor), a number on the device: the bits of copy_scale (reduce.h). Nothing is written if the factor is 1.
 void scale_many(const ManyPlan& plan, const void* device_table, const double* factor, cudaStream_t stream);
 
 }  // namespace ds::kernels

@@ -255,5 +255,22 @@ TEST(DeviceStored, SplitMasterIsAFloat32Master) {
   }
 }
 
+TEST(DeviceStored, RefusesBadArguments) {
+  float x[4] = {};
+  const Rule adam = rules(1)[0];
+  const ManyPlan plan = many_step_plan({4});
+  const Stored plain{Form::F32, x, nullptr};
+  const auto refuses = [&](Stored p, Stored state, DType g_dt = DType::F32, void* low = nullptr, DType low_dt = DType::BF16) {
+    EXPECT_THROW(step_many(adam, 1, Slice{p, x, g_dt, {plain, state}, low, low_dt, {}}, plan, x, nullptr), ValueError);
+  };
+  refuses({Form::Signed8, x, x}, plain);
+  refuses(plain, {Form::Split, x, x});
+  refuses(plain, {Form::Stochastic, x, nullptr});
+  refuses({Form::BF16, x, nullptr}, plain, DType::F32, x);
+  refuses(plain, plain, DType::F64);
+  refuses(plain, plain, DType::F32, x, DType::I16);
+  EXPECT_THROW(write_step_table(plan, {}, {}, x), ValueError);
+}
+
 }  // namespace
 }  // namespace ds::kernels::testing

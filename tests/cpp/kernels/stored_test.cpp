@@ -259,6 +259,8 @@ TEST(Stored, RefusesBadArguments) {
   EXPECT_THROW(step(adam, 1, slice(plain, {Form::Split, x, x}), 4), ValueError);
   EXPECT_THROW(step(adam, 1, slice({Form::BF16, x, nullptr}, plain, x), 4), ValueError);
   EXPECT_THROW(step(adam, 1, slice(plain, {Form::F32, nullptr, nullptr}), 4), ValueError);
+  EXPECT_THROW(step(adam, 1, {plain, x, DType::F64, {plain, plain}, nullptr, DType::F32, {}}, 4), ValueError);
+  EXPECT_THROW(step(adam, 1, {plain, x, DType::F32, {plain, plain}, x, DType::I16, {}}, 4), ValueError);
   step(adam, 1, slice({Form::F32, nullptr, nullptr}, {Form::F32, nullptr, nullptr}), 0);
 }
 
