@@ -356,6 +356,7 @@ void norm_forward(const NormForward& a, const NormParameters& parameters, int64_
   if (rows == 0 || a.columns == 0) return;
   DS_CHECK_VALUE(a.residual == nullptr || a.h != nullptr, "h is null");
   DS_CHECK_VALUE(a.norm == Norm::Rms || a.mean != nullptr, "mean is null");
+  DS_CHECK_VALUE(a.norm == Norm::Layer || parameters.bias == nullptr, "bias: RMS norm has none");
   dispatch_float(a.dtype, "x", [&](auto tag) {
     with_norm(a.norm, [&](auto norm) {
       using T = decltype(tag);
@@ -397,6 +398,7 @@ int64_t cuda_norm_sums_bytes(Norm norm, int64_t rows, int64_t columns) {
 void norm_parameter_gradients(const NormBackward& a, int64_t rows, void* out, DType out_dtype, void* workspace, cudaStream_t stream) {
   check_rows(rows, a.columns, {{a.dy, "dy"}, {a.h, "h"}, {a.rstd, "rstd"}, {workspace, "workspace"}});
   check_arrays(a.columns, {{out, "out"}});
+  DS_CHECK_VALUE(a.norm == Norm::Rms || a.mean != nullptr || rows * a.columns == 0, "mean is null");
   dispatch_float(a.dtype, "dy", [&](auto tag) {
     with_norm(a.norm, [&](auto norm) {
       using T = decltype(tag);
