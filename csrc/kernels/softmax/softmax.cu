@@ -220,11 +220,21 @@ bool in_registers(int64_t columns, const Body& body) {
   return true;
 }
 
+// How many elements there are; refuses rows that are none.
+int64_t check_rows(const SoftmaxRows& s, int64_t rows) {
+  DS_CHECK_VALUE(s.columns >= 0, "columns must not be negative, got " << s.columns);
+  DS_CHECK_VALUE(s.queries >= 0, "queries must not be negative, got " << s.queries);
+  DS_CHECK_VALUE(rows >= 0, "rows must not be negative, got " << rows);
+  return rows * s.columns;
+}
+
 }  // namespace
 
 void softmax(void* y, const void* x, DType dtype, const SoftmaxRows& s, const MaskView& mask, int64_t rows, cudaStream_t stream) {
-  check_arrays(rows, {{y, "y"}, {x, "x"}});
-  if (rows == 0 || s.columns == 0) return;
+  const int64_t n = check_rows(s, rows);
+  check_arrays(n, {{y, "y"}, {x, "x"}});
+  if (n == 0) return;
+  if (mask.data != nullptr && mask.dtype != DType::BOOL) dispatch_float(mask.dtype, "mask", [](auto) {});
   const bool vectors = aligned({y, x}) && s.columns % kPerThread == 0;
   dispatch_float(dtype, "x", [&](auto tag) {
     using T = decltype(tag);
@@ -239,8 +249,9 @@ void softmax(void* y, const void* x, DType dtype, const SoftmaxRows& s, const Ma
 }
 
 void softmax_backward(void* dx, const void* dy, const void* y, DType dtype, const SoftmaxRows& s, int64_t rows, cudaStream_t stream) {
-  check_arrays(rows, {{dx, "dx"}, {dy, "dy"}, {y, "y"}});
-  if (rows == 0 || s.columns == 0) return;
+  const int64_t n = check_rows(s, rows);
+  check_arrays(n, {{dx, "dx"}, {dy, "dy"}, {y, "y"}});
+  if (n == 0) return;
   const bool vectors = aligned({dx, dy, y}) && s.columns % kPerThread == 0;
   dispatch_float(dtype, "y", [&](auto tag) {
     using T = decltype(tag);
