@@ -22,7 +22,8 @@ DeviceArray values_for(Form form, int64_t n, int64_t offset, unsigned seed) {
     x.set(i, sign(generator) < 0 && form != Form::Unsigned8 ? -size : size);
   }
   if (is_code(form)) return x;
-  const uint32_t special[] = {0x80000000u, 0x7f800000u, 0xff800000u, 0x7f7fffffu, 0x00000001u, 0x3f808000u, 0x3f818000u, 0x477fefffu, 0x477ff000u};
+  const uint32_t special[] = {0x80000000u, 0x7f800000u, 0xff800000u, 0x7f7fffffu, 0x00000001u,
+                              0x3f808000u, 0x3f818000u, 0x477fefffu, 0x477ff000u};
   for (int64_t i = 0; i < 9 && 5 * i + 1 < n; ++i) x.set(5 * i + 1, of_bits(special[i]));
   return x;
 }
@@ -44,7 +45,7 @@ void for_every_array(const Body& body) {
 TEST(DeviceForms, NarrowHasTheBitsOfTheReference) {
   for_every_array([](Form form, int64_t n, int64_t offset) {
     std::string bits;
-    for (uint64_t first : {uint64_t{0}, uint64_t{4}, uint64_t{1000001}, (uint64_t{7} << 40) + 3}) {  // groups of eight, of four, and neither
+    for (uint64_t first : {uint64_t{0}, uint64_t{4}, uint64_t{1000001}, (uint64_t{7} << 40) + 3}) {  // in eights, fours, neither
       if (first > 0 && form != Form::Stochastic) continue;
       DeviceArray x = values_for(form, n, offset, 1);
       const std::string before = x.bits();

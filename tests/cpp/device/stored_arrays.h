@@ -16,7 +16,7 @@ class StoredArray {
   StoredArray(Form form, int64_t n, int64_t offset = 0) : StoredArray(form, n, offset, offset) {}
   StoredArray(Form form, int64_t n, int64_t offset, int64_t extra_offset)
       : form_(form), n_(n), offset_(offset), data_(type_of(form), n, offset),
-        extra_(form == Form::Split ? DType::I16 : DType::F32, form == Form::Split ? n : form_size(form) == 1 ? code_blocks(n) : 0, extra_offset) {}
+        extra_(form == Form::Split ? DType::I16 : DType::F32, extras(form, n), extra_offset) {}
 
   Stored stored() { return {form_, data_.data(), extra_.size() > 0 ? extra_.data() : nullptr}; }
   int64_t offset() const { return offset_; }
@@ -38,6 +38,7 @@ class StoredArray {
 
  private:
   static DType type_of(Form form) { return form == Form::F32 ? DType::F32 : form_size(form) == 1 ? DType::U8 : DType::I16; }
+  static int64_t extras(Form form, int64_t n) { return form == Form::Split ? n : form_size(form) == 1 ? code_blocks(n) : 0; }
   Form form_;
   int64_t n_, offset_;
   DeviceArray data_, extra_;
