@@ -186,6 +186,12 @@ inline void check_rows(int64_t rows, int64_t cols, std::initializer_list<NamedAr
   check_arrays(std::min<int64_t>(rows, 1) * cols, arrays);
 }
 
+inline ColumnVector column_vector(const void* bias, DType bias_dtype, DType dtype) {
+  DS_CHECK_VALUE(bias == nullptr || bias_dtype == dtype || bias_dtype == DType::F32,
+                 "bias: dtype must be " << dtype_name(dtype) << " or float32, got " << dtype_name(bias_dtype));
+  return {bias, bias_dtype == DType::F32};
+}
+
 inline int64_t parts_bytes(int64_t rows, int64_t summed_cols) {
   return std::min<int64_t>(rows, kMostParts) * summed_cols * static_cast<int64_t>(sizeof(float));
 }

@@ -86,7 +86,7 @@ void bias_act(Activation act, DType dtype, const void* x, const void* bias, DTyp
   with_activation(act, dtype, "x", [&](auto tag, auto a) {
     using T = decltype(tag);
     using Raw = typename T::Raw;
-    const ColumnVector column{bias, bias_dtype == DType::F32};
+    const ColumnVector column = column_vector(bias, bias_dtype, dtype);
     const auto *from = static_cast<const Raw*>(x);
     auto* to = static_cast<Raw*>(y);
     if (bias == nullptr) {
@@ -105,11 +105,12 @@ void bias_act(Activation act, DType dtype, const void* x, const void* bias, DTyp
 void bias_act_backward(Activation act, DType dtype, const void* dy, const void* x, const void* bias, DType bias_dtype, void* dx, void* dbias,
                        int64_t rows, int64_t cols, void* workspace, cudaStream_t stream) {
   check_rows(rows, cols, {{dy, "dy"}, {x, "x"}, {dx, "dx"}});
+  DS_CHECK_VALUE(dbias == nullptr || bias != nullptr, "dbias: a gradient is asked of a bias that is not there");
   DS_CHECK_VALUE(dbias == nullptr || workspace != nullptr || rows * cols == 0, "workspace is null");
   with_activation(act, dtype, "x", [&](auto tag, auto a) {
     using T = decltype(tag);
     using Raw = typename T::Raw;
-    const ColumnVector column{bias, bias_dtype == DType::F32};
+    const ColumnVector column = column_vector(bias, bias_dtype, dtype);
     const auto *grad = static_cast<const Raw*>(dy), *from = static_cast<const Raw*>(x);
     auto* to = static_cast<Raw*>(dx);
     if (bias == nullptr) {

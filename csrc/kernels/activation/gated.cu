@@ -103,7 +103,7 @@ void gated(Activation act, DType dtype, const CudaGatedInput& in, void* y, int64
   with_activation(act, dtype, "gate", [&](auto tag, auto a) {
     using T = decltype(tag);
     using Raw = typename T::Raw;
-    const ColumnVector gate_bias{in.bias, in.bias_dtype == DType::F32}, up_bias = second_half(gate_bias, in.bias_dtype, cols);
+    const ColumnVector gate_bias = column_vector(in.bias, in.bias_dtype, dtype), up_bias = second_half(gate_bias, in.bias_dtype, cols);
     const auto *gate = static_cast<const Raw*>(in.gate), *up = static_cast<const Raw*>(in.up);
     auto* to = static_cast<Raw*>(y);
     const bool is_aligned = aligned({in.gate, in.up, y});
@@ -124,11 +124,12 @@ void gated(Activation act, DType dtype, const CudaGatedInput& in, void* y, int64
 void gated_backward(Activation act, DType dtype, const CudaGatedInput& in, const void* dy, void* dgate, void* dup, int64_t grad_stride,
                     void* dbias, int64_t rows, int64_t cols, void* workspace, cudaStream_t stream) {
   check_rows(rows, cols, {{in.gate, "gate"}, {in.up, "up"}, {dy, "dy"}, {dgate, "dgate"}, {dup, "dup"}});
+  DS_CHECK_VALUE(dbias == nullptr || in.bias != nullptr, "dbias: a gradient is asked of a bias that is not there");
   DS_CHECK_VALUE(dbias == nullptr || workspace != nullptr || rows * cols == 0, "workspace is null");
   with_activation(act, dtype, "gate", [&](auto tag, auto a) {
     using T = decltype(tag);
     using Raw = typename T::Raw;
-    const ColumnVector gate_bias{in.bias, in.bias_dtype == DType::F32}, up_bias = second_half(gate_bias, in.bias_dtype, cols);
+    const ColumnVector gate_bias = column_vector(in.bias, in.bias_dtype, dtype), up_bias = second_half(gate_bias, in.bias_dtype, cols);
     const auto *gate = static_cast<const Raw*>(in.gate), *up = static_cast<const Raw*>(in.up), *grad = static_cast<const Raw*>(dy);
     auto *to_gate = static_cast<Raw*>(dgate), *to_up = static_cast<Raw*>(dup);
     const bool is_aligned = aligned({in.gate, in.up, dy, dgate, dup});

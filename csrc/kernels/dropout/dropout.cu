@@ -131,7 +131,7 @@ void dropout_add(DType dtype, const void* x, const void* bias, DType bias_dtype,
   dispatch_float(dtype, "x", [&](auto tag) {
     using T = decltype(tag);
     using Raw = typename T::Raw;
-    const ColumnVector column{bias, bias_dtype == DType::F32};
+    const ColumnVector column = column_vector(bias, bias_dtype, dtype);
     const auto *from = static_cast<const Raw*>(x), *rest = static_cast<const Raw*>(residual);
     auto* to = static_cast<Raw*>(y);
     const bool is_aligned = aligned({x, residual, y});
