@@ -76,6 +76,7 @@ void scale_tensors(const std::vector<at::Tensor>& tensors, const at::Tensor& fac
   if (tensors.empty()) return;
   DS_CHECK_VALUE(factor.defined() && factor.scalar_type() == at::kDouble && factor.numel() == 1, "factor must be one float64");
   DS_CHECK_VALUE(factor.device() == a.device, "factor lies on " << factor.device().str() << ", tensors[0] on " << a.device.str());
+  for (const at::Tensor& t : tensors) ops::mark_written(t);
 #ifdef DS_WITH_CUDA
   if (a.device.is_cuda()) {
     const kernels::ManyPlan plan = kernels::many_arrays_plan(a.arrays);

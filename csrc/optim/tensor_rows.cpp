@@ -4,6 +4,7 @@
 #include <ATen/Functions.h>
 
 #include <algorithm>
+#include <array>
 
 #include "base/error.h"
 #include "kernels/optim/forms.h"
@@ -27,6 +28,7 @@ void check_param(const at::Tensor& p, size_t index, const at::Device& device) {
   DS_CHECK_VALUE(ops::is_kernel_float(p.scalar_type()),
                  "params[" << index << "]: dtype must be float32, bfloat16 or float16, not " << c10::toString(p.scalar_type()));
   DS_CHECK_VALUE(p.is_non_overlapping_and_dense(), "params[" << index << "] overlaps itself or has gaps: make it contiguous");
+  DS_CHECK_VALUE(!p.is_neg(), "params[" << index << "] is a lazily negated view: give its values (resolve_neg)");
   DS_CHECK_VALUE(p.device() == device, "params[" << index << "] lies on " << p.device().str() << ", params[0] on " << device.str());
 }
 
@@ -90,11 +92,34 @@ const at::Tensor& laid_out_gradient(const at::Tensor& g, size_t index, const at:
   check_beside(g, "grads", index, p);
   check_kernel_dtype(g, "grads", index);
   DS_CHECK_VALUE(g.sizes() == p.sizes(), "grads[" << index << "] has shape " << g.sizes() << ", its parameter " << p.sizes());
-  if (g.strides() == p.strides()) return g;
+  if (g.strides() == p.strides() && !g.is_neg()) return g;
   at::Tensor copy = at::empty_strided(p.sizes(), p.strides(), g.options());
   copy.copy_(g.detach());
   held.push_back(std::move(copy));
   return held.back();
+}
+
+// Memory that one array of a row writes is no other array's; a gradient that is the parameter itself is read before it is written.
+void check_apart(const Row& row, const at::Tensor& p, const at::Tensor& g, const std::vector<NamedStates>& states, size_t index) {
+  struct Place {
+    const char* name;
+    uintptr_t begin, end;
+  };
+  const auto place = [&](const char* name, const at::Tensor& t) {
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    return Place{name, begin, begin + static_cast<uintptr_t>(row.numel) * t.element_size()};
+  };
+  std::array<Place, 4> places{place("params", p), place("grads", g)};
+  size_t count = 2;
+  for (const NamedStates& s : states) places.at(count++) = place(s.name, (*s.tensors)[index]);
+  for (size_t a = 0; a < count; ++a) {
+    for (size_t b = a + 1; b < count; ++b) {
+      const Place &x = places[a], &y = places[b];
+      const bool same = a == 0 && b == 1 && x.begin == y.begin && x.end == y.end;
+      DS_CHECK_VALUE(same || x.end <= y.begin || y.end <= x.begin,
+                     y.name << "[" << index << "] shares memory with " << x.name << "[" << index << "]: give it memory of its own");
+    }
+  }
 }
 
 void check_length(size_t have, const char* name, size_t params) {
@@ -137,6 +162,8 @@ Rows checked_rows(const Tensors& params, const Tensors& grads, const std::vector
     if (storage.rounding) {
       row.slice.dice = {storage.rounding->seed, storage.rounding->draw, static_cast<uint64_t>(storage.rounding->numbers[i]) << 40};
     }
+    if (row.numel > 0) check_apart(row, p, g, states, i);
+    ops::mark_written(p);
     if (row.numel > 0 || keep_empty) result.rows.push_back(row);
   }
   return result;

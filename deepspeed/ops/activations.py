@@ -71,7 +71,8 @@ def dropout_add(x, residual, p=0.5, training=True, bias=None):
         raise ValueError(f"p must lie in [0, 1], got {p}")
     if not training or p == 0.0:
         return ops().dropout_add(x, residual, bias, 0.0, torch.zeros(2, dtype=torch.int64, device=x.device))
-    return ops().dropout_add(x, residual, bias, p, ops().philox_state(x))
+    # Of an array of its own: torch.compile merges equal calls, seeded or not, and this one must not be.
+    return ops().dropout_add(x, residual, bias, p, ops().philox_state(torch.empty(0, device=x.device)))
 
 
 class _FusedActivation(torch.nn.Module):

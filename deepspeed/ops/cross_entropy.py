@@ -71,7 +71,7 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
                          z_loss=0.0):
     """cross_entropy(hidden @ weight.T + bias, labels) without the logits: `chunk_tokens` tokens' logits exist at a time.
 
-    hidden: float32, bfloat16 or float16 [..., features]. weight: [vocabulary, features] of hidden's dtype. bias: [vocabulary] of that dtype or
+    hidden: float32, bfloat16 or float16 [..., features]. weight: [vocabulary, features] of hidden's dtype (under autocast all three become its). bias: [vocabulary] of that dtype or
     float32. labels: int64 [...]. Other arguments as in cross_entropy(). The loss is float32 whatever the dtype of hidden.
     chunk_tokens: default, what 64 MiB of logits hold (256 MiB on a GPU).
 
@@ -91,6 +91,9 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
         raise ValueError(f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}: expected {tuple(hidden.shape[:-1])}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+    if torch.is_autocast_enabled(hidden.device.type):  # a matrix product, to autocast
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])
     loss = ops().linear_cross_entropy(rows, weight, bias, labels.reshape(-1), kind, ignore_index, label_smoothing, z_loss, chunk_tokens or 0)
     return loss.reshape(labels.shape) if kind == _REDUCTIONS["none"] else loss

@@ -60,17 +60,23 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    @torch.inference_mode(False)  # tables that grew in evaluation serve training as well
     def _tables(self, rows, device):
         pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64)
         frequencies = self.scale * self.base ** (-pairs / max(1, self.rotary_dim))
         angles = torch.outer(torch.arange(rows, dtype=torch.float64), frequencies)
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
+    def reset_parameters(self):
+        """Computes the tables anew, where they are."""
+        self.cos, self.sin = self._tables(self.cos.shape[0], self.cos.device)
+
     def _apply(self, function, recurse=True):
-        """Tables stay float32 when the model is cast: bfloat16 cannot tell position 257 from 256."""
+        """Tables stay float32 when the model is cast: bfloat16 cannot tell position 257 from 256. They get values when it leaves the meta device."""
+        was_meta = self.cos.is_meta
         super()._apply(function, recurse)
-        if self.cos.dtype != torch.float32:
-            self.cos, self.sin = self._tables(self.cos.shape[0], self.cos.device)
+        if self.cos.dtype != torch.float32 or (was_meta and not self.cos.is_meta):
+            self.reset_parameters()
         return self
 
     def forward(self, q, k, positions=None):
