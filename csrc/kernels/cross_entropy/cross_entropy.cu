@@ -73,11 +73,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+bool any_rows(const CrossEntropy& c, int64_t rows) {
+  DS_CHECK_VALUE(rows >= 0, "rows must not be negative, got " << rows);
+  DS_CHECK_VALUE(rows == 0 || c.columns > 0, "columns must be positive, got " << c.columns);
+  return rows != 0;
+}
+
 }  // namespace
 
 void cross_entropy(float* loss, float* stats, const void* x, DType dtype, const int64_t* labels, const CrossEntropy& c, int64_t rows,
                    cudaStream_t stream) {
-  if (rows == 0) return;
+  if (!any_rows(c, rows)) return;
   check_arrays(rows, {{loss, "loss"}, {stats, "stats"}, {x, "x"}, {labels, "labels"}});
   dispatch_float(dtype, "x", [&](auto tag) {
     using T = decltype(tag);
@@ -88,7 +94,7 @@ void cross_entropy(float* loss, float* stats, const void* x, DType dtype, const 
 
 void cross_entropy_backward(void* dx, const void* x, DType dtype, const int64_t* labels, const float* stats, const float* weights,
                             float weight, const CrossEntropy& c, int64_t rows, cudaStream_t stream) {
-  if (rows == 0) return;
+  if (!any_rows(c, rows)) return;
   check_arrays(rows, {{dx, "dx"}, {x, "x"}, {labels, "labels"}, {stats, "stats"}});
   dispatch_float(dtype, "x", [&](auto tag) {
     using T = decltype(tag);
