@@ -24,7 +24,7 @@ std::vector<Layout> layouts() {
 struct Case {
   DType dtype, table_dtype;
   int64_t batch, seq, q_heads, k_heads, half, rest;
-  int64_t apart, table_apart, gap;  // elements off an aligned address; between heads of what is written
+  int64_t apart, cos_apart, sin_apart, gap;  // elements off an aligned address; between heads of what is written
 };
 
 void spoil(DeviceArray& a) { std::memset(a.data(), 0xff, static_cast<size_t>(a.size()) * dtype_size(a.dtype())); }
@@ -69,7 +69,7 @@ void compare(const Case& c, const Layout& layout) {
   constexpr int64_t kTableRows = 7;
   const int64_t width = layout.wide ? 2 * c.half : c.half, tokens = c.batch * c.seq;
   Tensor q(c, c.q_heads, 1), k(c, c.k_heads, 2);
-  DeviceArray cos(c.table_dtype, kTableRows * width, c.table_apart), sin(c.table_dtype, kTableRows * width, c.table_apart);
+  DeviceArray cos(c.table_dtype, kTableRows * width, c.cos_apart), sin(c.table_dtype, kTableRows * width, c.sin_apart);
   cos.fill(3, -1, 1), sin.fill(4, -1, 1);
   DeviceArray positions(DType::I64, tokens);
   for (int64_t t = 0; t < tokens; ++t) positions.as<int64_t>()[t] = (5 * t + 6) % kTableRows;
@@ -98,7 +98,7 @@ TEST(DeviceRope, IsTheReference) {
         for (int64_t rest : {0, 3, 8}) {
           if (half + rest == 0) continue;
           for (const Layout& layout : layouts()) {
-            compare({dtype, table_dtype, 2, 3, 3, 1, half, rest, 0, 0, 8}, layout);
+            compare({dtype, table_dtype, 2, 3, 3, 1, half, rest, 0, 0, 0, 8}, layout);
             if (HasFailure()) return;
           }
         }
@@ -111,10 +111,11 @@ TEST(DeviceRope, EveryAlignment) {
   for (DType dtype : kFloats) {
     for (DType table_dtype : {DType::F32, dtype}) {
       for (const Layout& layout : layouts()) {
-        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 1, 0, 8}, layout);
-        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 3, 1, 8}, layout);
-        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 0, 1, 8}, layout);  // vectors, and tables that are none
-        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 0, 0, 1}, layout);  // strides of what is written that are none
+        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 1, 0, 0, 8}, layout);
+        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 3, 1, 1, 8}, layout);
+        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 0, 1, 0, 8}, layout);  // vectors, and one table that has none
+        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 0, 0, 1, 8}, layout);
+        compare({dtype, table_dtype, 2, 3, 3, 1, 16, 8, 0, 0, 0, 1}, layout);  // strides of what is written that are none
         if (HasFailure()) return;
       }
     }
@@ -127,24 +128,24 @@ TEST(DeviceRope, EveryNumberOfHeadsAndTokens) {
   for (auto [q, k] : {std::pair<int64_t, int64_t>{1, 0}, {0, 1}, {0, 0}, {4, 0}, {3, 2}, {4, 4}, {5, 4}, {9, 3}}) {
     for (int64_t seq : {0, 1, 3, 17, 40}) {
       for (int64_t half : {8, 9}) {
-        compare({DType::BF16, DType::F32, 2, seq, q, k, half, 0, 0, 0, 0}, layout);
+        compare({DType::BF16, DType::F32, 2, seq, q, k, half, 0, 0, 0, 0, 0}, layout);
         if (HasFailure()) return;
       }
     }
   }
-  compare({DType::F32, DType::F32, 1, 2, 9, 3, 150, 1, 0, 0, 0}, layout);  // 453 items a token
+  compare({DType::F32, DType::F32, 1, 2, 9, 3, 150, 1, 0, 0, 0, 0}, layout);  // 453 items a token
 }
 
-// Each stride alone keeps vectors away.
+// Each stride alone keeps vectors away, and elements that are not turned do where they are not whole vectors.
 TEST(DeviceRope, StridesThatAreNotWholeVectors) {
   constexpr int64_t kDim = 32, kSeq = 3, kHeads = 2, kHalf = 16, kElements = 600;
-  for (int which = 0; which < 6; ++which) {
+  for (int which = 0; which < 7; ++which) {
     DeviceArray in(DType::BF16, kElements), out(DType::BF16, kElements), want(DType::BF16, kElements), cos(DType::F32, kSeq * kHalf),
         sin(DType::F32, kSeq * kHalf);
     in.fill(1), cos.fill(3, -1, 1), sin.fill(4, -1, 1);
     int64_t strides[] = {288, 88, 40, 288, 88, 40};  // with room for one more element
-    ++strides[which];
-    const RopeShape shape{2, kSeq, kDim, kDim, false, false};
+    if (which < 6) ++strides[which];
+    const RopeShape shape{2, kSeq, which < 6 ? kDim : kDim + 3, kDim, false, false};
     const RopeTables tables{cos.data(), sin.data(), DType::F32, kHalf, kSeq, 0, nullptr, 0};
     const auto tensor = [&](DeviceArray& to) {
       return RopeTensor{in.data(), to.data(), kHeads, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5]};
