@@ -7,10 +7,11 @@ group's parameters in one call. On any other device the same formula runs in tor
 import torch
 
 from deepspeed._native import lib
-from deepspeed.ops._storage import Storage
+from deepspeed.ops._storage import OPTION_NAMES, Storage
 
 # Keys of torch.optim groups that would change the update and that these optimizers do not have.
 _REFUSED = ("amsgrad", "maximize", "differentiable")
+_HARMLESS = ("foreach", "fused", "capturable")  # those that choose among torch's implementations of one update
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -23,13 +24,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     state_names = ()
+    needed_states = ()  # what a saved state cannot do without; the others start at zero
+    torch_names = {}  # what torch.optim calls a state, where it differs
     unsigned_states = ("exp_avg_sq",)  # those that are never negative
     _settings = ("_storage",)  # attributes that copies and pickles carry; torch carries defaults, state and param_groups alone
 
-    def __init__(self, params, defaults, fp32_optimizer_states=True, **storage_options):
-        self._storage = Storage(type(self).__name__, fp32_optimizer_states, **storage_options)
+    def __init__(self, params, defaults, fp32_optimizer_states=True, **options):
+        flags = {key: options.pop(key) for key in (*_HARMLESS, *_REFUSED) if key in options}
+        for key in options:
+            if key not in OPTION_NAMES:
+                raise TypeError(f"{type(self).__name__} takes no argument {key!r}")
+        self._storage = Storage(type(self).__name__, fp32_optimizer_states, **options)
         self._numbers = {}
-        super().__init__(params, defaults)
+        super().__init__(params, {**flags, **defaults})
 
     def __getstate__(self):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._settings if name in self.__dict__}}
@@ -47,27 +54,47 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._storage
 
     def add_param_group(self, param_group):
-        for key in _REFUSED:
-            if isinstance(param_group, dict) and param_group.get(key):
-                raise ValueError(f"{type(self).__name__} does not support {key}")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        self._check_group(group)
-        for p in group["params"]:
+        try:
+            self._check_groups(len(self.param_groups) - 1)
+            self._check_params(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+        for p in self.param_groups[-1]["params"]:
             self._numbers[p] = len(self._numbers)
+
+    def _check_params(self, group):
+        for p in group["params"]:
             if self._storage.is_split and p.dtype == torch.float16:
-                raise ValueError(f"{type(self).__name__}: master='split' needs bfloat16 parameters: float16 is no upper half of a float32")
+                raise ValueError(f"{type(self).__name__}: {name_of(self, p)}: master='split' needs bfloat16 parameters: float16 is no upper half "
+                                 "of a float32")
+
+    def _check_step(self):
+        """Before anything moves."""
+        self._check_groups()
+
+    def _check_groups(self, first=0):
+        """Refuses what the update cannot do, whoever wrote it into a group: the constructor's caller, a schedule or a loaded state."""
+        for number, group in enumerate(self.param_groups[first:], first):
+            try:
+                self._check_group(group)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{type(self).__name__}: parameter group {number}: {error}") from None
 
     def _check_group(self, group):
+        for key in _REFUSED:
+            if group.get(key):
+                raise ValueError(f"{key} is not supported")
         for key in ("lr", "eps", "weight_decay"):
             if key not in group:
                 continue
             if isinstance(group[key], (tuple, list, str)):
-                raise TypeError(f"{type(self).__name__}: {key} must be a number, got {group[key]!r}. If these parameter groups were made for another "
+                raise TypeError(f"{key} must be a number, got {group[key]!r}. If these parameter groups were made for another "
                                 "optimizer (Accelerate turns any into DeepSpeedCPUAdam when zero_optimization.offload_optimizer is on), use "
                                 "AdamW, or set \"zero_force_ds_cpu_optimizer\": false in the configuration")
-            if float(group[key]) < 0.0:
-                raise ValueError(f"{key} must not be negative, got {group[key]}")
+            if not float(group[key]) >= 0.0:
+                raise ValueError(f"{key} must not be negative or NaN, got {group[key]}")
         for beta in group.get("betas", ()):
             if not 0.0 <= float(beta) < 1.0:
                 raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
@@ -76,16 +103,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The states that a group's parameters have."""
         return self.state_names
 
-    def _state_of(self, param, names):
-        """The parameter's state, made of zeros the first time."""
-        state = self.state[param]
-        if len(state) == 0:
-            state["step"] = 0
-            state.update(self._storage.fresh(param, names, self.unsigned_states))
-        elif names and names[-1] not in state:  # SGD whose momentum was zero until now
-            state.update(self._storage.fresh(param, names, self.unsigned_states))
-        return state
-
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given."""
@@ -93,38 +110,44 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_step()
         for group in self.param_groups:
             self._step_group(group)
         return loss
 
     def _step_group(self, group):
+        """One update of the group. A batch that is refused leaves no trace: states appear and steps count when the update is done."""
         names = self._names_in(group)
-        for (_, _, step), (params, grads, states) in self._batches(group).items():
+        for (_, _, step, is_new), (params, grads, states) in self._batches(group).items():
             device = params[0].device
             backend = _backend(device)
-            options = self._storage.call_options(params, states, names, step, self._numbers)
+            now = [{"step": 0, **self._storage.fresh(p, names, self.unsigned_states), **s} for p, s in zip(params, states)] if is_new else states
+            options = self._storage.call_options(params, now, names, step, self._numbers)
             if options and backend is not lib():
                 raise ValueError(f"{type(self).__name__}: {', '.join(options)}: no kernel for parameters on {device}")
-            self._update(group, step, params, grads, [[s[name] for s in states] for name in names], backend, options)
+            self._update(group, step, is_new, params, grads, [[s[name] for s in now] for name in names], backend, options)
+            for state, tensors in zip(states, now):
+                if is_new:
+                    state.update(tensors)
+                state["step"] = step
 
     def _batches(self, group):
-        """(parameters, gradients, states) by (device, whether the master is split, number of this update): almost always one batch.
+        """(parameters, gradients, states) by (device, whether the master is split, number of this update, whether states are to be made).
 
-        Models have tens of thousands of small parameters: every line of the loop costs a millisecond there.
+        Almost always that is one batch. States are made with the first update, and when SGD's momentum is no longer zero. Models have tens of thousands of small parameters: every line of the loop costs a millisecond there.
         """
         batches, names = {}, self._names_in(group)
-        is_split, state_of, key, batch = self._storage.is_split, self._state_of, None, None
+        is_split, all_states, last, key, batch = self._storage.is_split, self.state, names[-1] if names else "step", None, None
         for p in group["params"]:
             grad = p.grad
             if grad is None:
                 continue
             if grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            state = state_of(p, names)
-            step = state["step"]
+                raise sparse_refused(self, p)
+            state = all_states[p]
+            step = state.get("step", 0)
             step = (step if type(step) is int else int(step)) + 1  # torch keeps it in a tensor
-            state["step"] = step
-            now = (p.device, is_split and self._storage.splits(p), step)
+            now = (p.device, is_split and self._storage.splits(p), step, last not in state)
             if now != key:
                 key, batch = now, batches.setdefault(now, ([], [], []))
             batch[0].append(p)
@@ -132,19 +155,64 @@ class FusedOptimizer(torch.optim.Optimizer):
             batch[2].append(state)
         return batches
 
-    def _update(self, group, step, params, grads, states, backend, options):
+    def _update(self, group, step, is_new, params, grads, states, backend, options):
         raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def load_state_dict(self, state_dict):
-        """As torch.optim.Optimizer, but states keep the dtype they have here: torch would round them to the parameter's."""
+        """As torch.optim.Optimizer, but states keep the dtype they have here: torch would round them to the parameter's.
+
+        States of the optimizer's namesake in torch.optim are taken, too. What is refused changes nothing.
+        """
+        before = self.state, self.param_groups
         super().load_state_dict(state_dict)
-        saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        owners = [(p, g) for g in self.param_groups for p in g["params"]]
-        for saved_id, (p, group) in zip(saved_ids, owners):
-            saved = state_dict["state"].get(saved_id, {})
-            if saved:
-                names = [name for name in self._names_in(group) if torch.is_tensor(saved.get(name))]
-                self.state[p].update(self._storage.restored(p, self._storage.fresh(p, names, self.unsigned_states), saved))
+        try:
+            for group in self.param_groups:
+                for key, value in self.defaults.items():
+                    group.setdefault(key, value)
+            self._check_groups()
+            for p, group, saved in saved_states(self, state_dict):
+                self._restore(p, group, saved)
+        except Exception:
+            self.state, self.param_groups = before
+            raise
+
+    def _restore(self, p, group, saved):
+        own = self.state[p]
+        for theirs, ours in self.torch_names.items():
+            if theirs in saved:
+                saved = {ours: saved[theirs], **saved}
+                del own[theirs]
+        for name in self.needed_states:
+            if saved.get(name) is None:
+                raise ValueError(f"{type(self).__name__}: the saved state of {name_of(self, p)} has no {name!r}: it holds {sorted(saved)}")
+        for name in [name for name in own if own[name] is None]:
+            del own[name]
+        names = [name for name in self.state_names if torch.is_tensor(saved.get(name))]
+        try:
+            own.update(self._storage.restored(p, self._storage.fresh(p, names, self.unsigned_states), saved))
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {name_of(self, p)}: {error}") from None
+
+
+def saved_states(optimizer, state_dict):
+    """(parameter, its group, its saved state), where there is one."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    return [(p, group, state_dict["state"][i]) for i, (p, group) in zip(ids, owners) if state_dict["state"].get(i)]
+
+
+def name_of(optimizer, param):
+    """What a message calls a parameter: its name, if the optimizer was given named parameters."""
+    for number, group in enumerate(optimizer.param_groups):
+        for index, p in enumerate(group["params"]):
+            if p is param:
+                return f"parameter {group['param_names'][index]!r}" if "param_names" in group else f"parameter {index} of group {number}"
+    return "a parameter of no group"
+
+
+def sparse_refused(optimizer, param):
+    return RuntimeError(f"{type(optimizer).__name__}: {name_of(optimizer, param)} has a sparse gradient: make it dense "
+                        "(torch.nn.Embedding(sparse=False)) or give the parameter to another optimizer")
 
 
 def has_kernels(device):

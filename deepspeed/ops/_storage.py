@@ -6,6 +6,7 @@ from deepspeed._native import lib
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGE_BYTES = 2**22
+OPTION_NAMES = ("master", "rounding", "state_dtype", "seed")
 CODE_BLOCK = 256  # elements of an 8-bit state that share a scale; csrc/kernels/optim/forms.h
 OPTIONS = """
     Keyword options, for less memory (bytes an element for Adam: float32 states and a float32 master beside a bfloat16 weight take 14):
@@ -118,6 +119,8 @@ class Storage:
             value = saved[key]
             if value.is_floating_point() != tensor.is_floating_point():
                 raise ValueError(f"the saved {key} is {value.dtype}, this optimizer keeps it in {tensor.dtype}: use the same state_dtype")
+            if value.shape != tensor.shape:
+                raise ValueError(f"the saved {key} has shape {list(value.shape)}, here it is {list(tensor.shape)}")
             tensor.copy_(value)
         return fresh
 

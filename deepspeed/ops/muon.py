@@ -2,7 +2,7 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, with Adam beside it for everything that is not a matrix."""
 import torch
 
-from deepspeed.ops._base import FusedOptimizer
+from deepspeed.ops._base import FusedOptimizer, name_of, saved_states, sparse_refused
 
 # x -> a x + b x^3 + c x^5 drives every singular value in (0, 1] towards 1 (roughly 0.7 to 1.2), fastest near zero.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -72,6 +72,8 @@ def muon_update(grad, momentum, beta=0.95, ns_steps=5, nesterov=True, ns_method=
     """
     momentum.lerp_(grad.to(momentum.dtype), 1 - beta)
     update = torch.lerp(grad.to(momentum.dtype), momentum, beta) if nesterov else momentum
+    if not grad.numel():
+        return update
     matrix = update.flatten(1) if update.ndim == 4 else update
     matrix = _orthogonaliser(ns_method)(matrix, steps=ns_steps)
     return (matrix * max(1.0, matrix.size(-2) / matrix.size(-1))**0.5).reshape(grad.shape)
@@ -79,8 +81,27 @@ def muon_update(grad, momentum, beta=0.95, ns_steps=5, nesterov=True, ns_method=
 
 def _check_rates(owner, **values):
     for key, value in values.items():
-        if value is not None and float(value) < 0:
-            raise ValueError(f"{owner}: {key} must not be negative, got {value}")
+        if value is not None and not float(value) >= 0:
+            raise ValueError(f"{owner}: {key} must not be negative or NaN, got {value}")
+
+
+def _refuse_vectors(optimizer, params):
+    for p in params:
+        shape = getattr(p, "ds_shape", p.shape)
+        if len(shape) < 2:
+            raise ValueError(f"{type(optimizer).__name__}: {name_of(optimizer, p)} has shape {list(shape)}: Muon needs at least two dimensions; "
+                             "give it to Adam, as MuonWithAuxAdam does with use_muon=False")
+
+
+def _refuse_sparse(optimizer):
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p.grad is not None and p.grad.is_sparse:
+            raise sparse_refused(optimizer, p)
+
+
+def _tensor_of(member):
+    """A parameter that may have come with its name."""
+    return member[1] if isinstance(member, tuple) else member
 
 
 class Muon(torch.optim.Optimizer):
@@ -91,6 +112,16 @@ class Muon(torch.optim.Optimizer):
         _orthogonaliser(ns_method)
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, ns_method=ns_method))
 
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_rates(type(self).__name__, **{key: group[key] for key in ("lr", "weight_decay", "momentum")})
+            _refuse_vectors(self, group["params"])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns the closure's loss, if one is given."""
@@ -98,17 +129,23 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _refuse_sparse(self)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     _muon_step(p, self.state[p], group)
         return loss
 
-
     def load_state_dict(self, state_dict):
-        """As torch.optim.Optimizer, but momenta stay as wide as they are here."""
+        """As torch.optim.Optimizer, but momenta stay as wide as they are here. What is refused changes nothing."""
+        before = self.state, self.param_groups
         super().load_state_dict(state_dict)
-        _restore_momenta(self, state_dict)
+        try:
+            for p, _, saved in saved_states(self, state_dict):
+                self.state[p]["momentum_buffer"] = _restored_momentum(self, p, saved)
+        except Exception:
+            self.state, self.param_groups = before
+            raise
 
 
 SingleDeviceMuon = Muon
@@ -118,13 +155,15 @@ def _momentum_dtype(p):
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _restore_momenta(optimizer, state_dict):
-    """torch rounds loaded states to the parameter's dtype; the saved momenta are copied again."""
-    saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-    for saved_id, p in zip(saved_ids, (p for g in optimizer.param_groups for p in g["params"])):
-        saved = state_dict["state"].get(saved_id, {}).get("momentum_buffer")
-        if saved is not None:
-            optimizer.state[p]["momentum_buffer"] = saved.to(device=p.device, dtype=_momentum_dtype(p), copy=True)
+def _restored_momentum(optimizer, p, saved):
+    """Copied from what was saved: torch rounds loaded states to the parameter's dtype."""
+    momentum = saved.get("momentum_buffer")
+    if momentum is None:
+        raise ValueError(f"{type(optimizer).__name__}: the saved state of {name_of(optimizer, p)} has no 'momentum_buffer': it holds {sorted(saved)}")
+    if momentum.shape != p.shape:
+        raise ValueError(f"{type(optimizer).__name__}: {name_of(optimizer, p)}: the saved momentum_buffer has shape {list(momentum.shape)}, "
+                         f"here it is {list(p.shape)}")
+    return momentum.to(device=p.device, dtype=_momentum_dtype(p), copy=True)
 
 
 def _muon_step(p, state, group):
@@ -147,6 +186,7 @@ class MuonWithAuxAdam(FusedOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    needed_states = ("step", "exp_avg", "exp_avg_sq")
     _muon_lr, _adam_lr = 0.02, 3e-4
     _settings = (*FusedOptimizer._settings, "_muon_lr", "_adam_lr")
 
@@ -166,19 +206,32 @@ class MuonWithAuxAdam(FusedOptimizer):
         """Bare parameters become a Muon group and an Adam group; given groups are kept as they are."""
         if not params or isinstance(params[0], dict):
             return params
-        halves = [{"params": [p for p in params if self._wants_muon({}, p) is kind], "use_muon": kind} for kind in (True, False)]
+        halves = [{"params": [p for p in params if self._wants_muon({}, _tensor_of(p)) is kind], "use_muon": kind} for kind in (True, False)]
         return [half for half in halves if half["params"]]
 
     def add_param_group(self, param_group):
         members = param_group["params"]
         members = [members] if torch.is_tensor(members) else list(members)
         param_group["params"] = members
-        kinds = {self._wants_muon(param_group, p) for p in members}
+        kinds = {self._wants_muon(param_group, _tensor_of(p)) for p in members}
         if len(kinds) > 1 and "lr" not in param_group and self._muon_lr != self._adam_lr:
             raise ValueError("a parameter group holds matrices for Muon and other parameters for Adam, whose learning rates differ: "
                              "give the group an lr or split it by use_muon")
         param_group.setdefault("lr", self._muon_lr if kinds == {True} else self._adam_lr)
         super().add_param_group(param_group)
+
+    def _check_params(self, group):
+        super()._check_params(group)
+        _refuse_vectors(self, [p for p in group["params"] if self._wants_muon(group, p)])
+
+    def _check_group(self, group):
+        super()._check_group(group)
+        if not float(group["momentum"]) >= 0.0:
+            raise ValueError(f"momentum must not be negative or NaN, got {group['momentum']}")
+
+    def _check_step(self):
+        super()._check_step()
+        _refuse_sparse(self)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -190,15 +243,16 @@ class MuonWithAuxAdam(FusedOptimizer):
                     _muon_step(p, self.state[p], group)
         return loss
 
-    def load_state_dict(self, state_dict):
-        """As FusedOptimizer, and momenta stay as wide as they are here."""
-        super().load_state_dict(state_dict)
-        _restore_momenta(self, state_dict)
+    def _restore(self, p, group, saved):
+        if self._wants_muon(group, p):
+            self.state[p]["momentum_buffer"] = _restored_momentum(self, p, saved)
+        else:
+            super()._restore(p, group, saved)
 
     def _batches(self, group):
         return super()._batches({**group, "params": [p for p in group["params"] if not self._wants_muon(group, p)]})
 
-    def _update(self, group, step, params, grads, states, backend, options):
+    def _update(self, group, step, is_new, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
         backend.adam_step(params, grads, *states, step=step, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
                           eps=float(group["eps"]), weight_decay=float(group["weight_decay"]), adamw=True, bias_correction=True, **options)

@@ -6,7 +6,8 @@ from deepspeed.ops._storage import add_options_to
 class DeepSpeedCPUAdagrad(FusedOptimizer):
     """Adagrad (Duchi et al. 2011) with the numbers of torch.optim.Adagrad. `adamw_mode` is accepted and means nothing."""
 
-    state_names = ("exp_avg_sq",)
+    state_names = needed_states = ("exp_avg_sq",)
+    torch_names = {"sum": "exp_avg_sq"}
     fp32_optimizer_states = True
     _settings = (*FusedOptimizer._settings, "fp32_optimizer_states")
 
@@ -21,9 +22,9 @@ class DeepSpeedCPUAdagrad(FusedOptimizer):
         super()._check_group(group)
         for key in ("lr_decay", "initial_accumulator_value"):
             if group.get(key):
-                raise ValueError(f"DeepSpeedCPUAdagrad does not support {key}")
+                raise ValueError(f"{key} is not supported")
 
-    def _update(self, group, step, params, grads, states, backend, options):
+    def _update(self, group, step, is_new, params, grads, states, backend, options):
         backend.adagrad_step(params, grads, *states, lr=float(group["lr"]), eps=float(group["eps"]),
                              weight_decay=float(group["weight_decay"]), **options)
 

@@ -45,6 +45,7 @@ class DeepSpeedCPUAdam(AdamBase):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_groups()
         stepped = [p for p in group["params"] if p.grad is not None]
         self._snapshots[int(subgroup_id)] = [(p, p.detach().clone(), self._copy_of(self.state.get(p, {}))) for p in stepped]
         self._step_group(group)

@@ -7,9 +7,10 @@ class AdamBase(FusedOptimizer):
     """The Adam update; subclasses differ in their constructors."""
 
     state_names = ("exp_avg", "exp_avg_sq")
+    needed_states = ("step", "exp_avg", "exp_avg_sq")
     adam_w_mode = True
 
-    def _update(self, group, step, params, grads, states, backend, options):
+    def _update(self, group, step, is_new, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
         backend.adam_step(params, grads, *states, step=step, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
                           eps=float(group["eps"]), weight_decay=float(group["weight_decay"]), adamw=bool(self.adam_w_mode),

@@ -13,6 +13,7 @@ class FusedLamb(FusedOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    needed_states = ("step", "exp_avg", "exp_avg_sq")
     _coefficients = ()
     _settings = (*FusedOptimizer._settings, "_coefficients")
 
@@ -33,13 +34,14 @@ class FusedLamb(FusedOptimizer):
         self._coefficients = []
         return super().step(closure)
 
-    def _update(self, group, step, params, grads, states, backend, options):
+    def _update(self, group, step, is_new, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
-        self._coefficients.append(backend.lamb_step(
+        ratios = backend.lamb_step(
             params, grads, *states, step=step, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2), eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]), bias_correction=bool(group["bias_correction"]),
             eps_inside_sqrt=bool(group["eps_inside_sqrt"]), min_coeff=float(group["min_coeff"]), max_coeff=float(group["max_coeff"]),
-            grad_scale=self._clip_scale(group), **options))
+            grad_scale=self._clip_scale(group), **options)
+        self._coefficients.append(([self._numbers[p] for p in params], ratios))  # on the device until somebody asks
 
     def _clip_scale(self, group):
         limit = float(group["max_grad_norm"])
@@ -47,11 +49,13 @@ class FusedLamb(FusedOptimizer):
             return 1.0
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in group["params"] if p.grad is not None]
         norm = float(torch.stack([n.to(norms[0].device) for n in norms]).norm())  # one wait for a GPU, not one a parameter
-        return min(1.0, limit / (norm + 1e-6))
+        scale = limit / (norm + 1e-6)
+        return 1.0 if scale > 1.0 else scale  # a norm that is no number spreads to every gradient, as with torch's clip_grad_norm_
 
     def get_lamb_coeffs(self):
-        """The ratios of the last step, one a parameter that had a gradient, in the order of the groups."""
-        return [ratio for group in self._coefficients for ratio in group.tolist()]
+        """The ratios of the last step, one a parameter that had a gradient, in the order of the groups and their parameters."""
+        ratios = {number: ratio for numbers, batch in self._coefficients for number, ratio in zip(numbers, batch.tolist())}
+        return [ratios[number] for number in sorted(ratios)]
 
 
 add_options_to(FusedLamb)

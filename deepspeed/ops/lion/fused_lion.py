@@ -6,9 +6,9 @@ from deepspeed.ops._storage import add_options_to
 class LionBase(FusedOptimizer):
     """The Lion update; subclasses differ in their constructors."""
 
-    state_names = ("exp_avg",)
+    state_names = needed_states = ("exp_avg",)
 
-    def _update(self, group, step, params, grads, states, backend, options):
+    def _update(self, group, step, is_new, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
         backend.lion_step(params, grads, *states, lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2),
                           weight_decay=float(group["weight_decay"]), **options)

@@ -21,8 +21,8 @@ class FusedSGD(FusedOptimizer):
 
     def _check_group(self, group):
         super()._check_group(group)
-        if float(group["momentum"]) < 0.0:
-            raise ValueError(f"momentum must not be negative, got {group['momentum']}")
+        if not float(group["momentum"]) >= 0.0:
+            raise ValueError(f"momentum must not be negative or NaN, got {group['momentum']}")
         if group["nesterov"] and (float(group["momentum"]) == 0.0 or float(group["dampening"]) != 0.0):
             raise ValueError(f"nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and {group['dampening']}")
 
@@ -32,10 +32,10 @@ class FusedSGD(FusedOptimizer):
     def zero_grad(self, set_to_none=None):
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
-    def _update(self, group, step, params, grads, states, backend, options):
+    def _update(self, group, step, is_new, params, grads, states, backend, options):
         backend.sgd_step(params, grads, *(states or [[]]), lr=float(group["lr"]), momentum=float(group["momentum"]),
                          dampening=float(group["dampening"]), weight_decay=float(group["weight_decay"]), nesterov=bool(group["nesterov"]),
-                         first_step=step == 1, **options)
+                         first_step=is_new, **options)
 
 
 add_options_to(FusedSGD)

@@ -113,3 +113,45 @@ def test_set_optimizer_flags_marks_what_muon_takes():
         assert flags == ([True, False, False] if marked else [None, None, None])
     assert (deepspeed.MUON_OPTIMIZER, deepspeed.ADAM_OPTIMIZER, deepspeed.LAMB_OPTIMIZER) == ("muon", "adam", "lamb")
     assert deepspeed.is_compile_supported()
+
+
+@pytest.mark.parametrize("kind", [Muon, MuonWithAuxAdam])
+def test_matrices_without_elements_stay(kind):
+    for shape in ((3, 0), (0, 3)):
+        p, q = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.eye(2))
+        p.grad, q.grad = torch.ones(shape), torch.eye(2)
+        kind([p, q]).step()
+        assert p.shape == shape and not torch.equal(q.detach(), torch.eye(2))
+
+
+def test_named_parameters_are_split_and_continued():
+    module = torch.nn.Linear(4, 3)
+    first, second = MuonWithAuxAdam(module.named_parameters()), MuonWithAuxAdam(module.named_parameters())
+    assert [(g["use_muon"], g["param_names"]) for g in first.param_groups] == [(True, ["weight"]), (False, ["bias"])]
+    module(torch.ones(2, 4)).sum().backward()
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.state[module.weight]["momentum_buffer"], first.state[module.weight]["momentum_buffer"])
+    saved = first.state_dict()
+    saved["state"][0] = {"momentum_buffer": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"parameter 'weight': the saved momentum_buffer has shape \[1\], here it is \[3, 4\]"):
+        second.load_state_dict(saved)
+    assert second.state[module.weight]["momentum_buffer"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("kind", [Muon, MuonWithAuxAdam])
+def test_what_muon_cannot_step_is_refused_by_name_before_anything_moves(kind):
+    matrix, vector = torch.nn.Parameter(torch.eye(4)), torch.nn.Parameter(torch.ones(4))
+    optimizer = kind([("matrix", matrix)])
+    with pytest.raises(ValueError, match=r"parameter 'vector' has shape \[4\]: Muon needs at least two dimensions"):
+        optimizer.add_param_group({"params": [("vector", vector)], "use_muon": True})
+    assert len(optimizer.param_groups) == 1
+    table = torch.nn.Parameter(torch.eye(4))
+    optimizer.add_param_group({"params": [("table", table)], "use_muon": True})
+    matrix.grad, table.grad = torch.eye(4), torch.eye(4).to_sparse()
+    with pytest.raises(RuntimeError, match="parameter 'table' has a sparse gradient"):
+        optimizer.step()
+    assert torch.equal(matrix.detach(), torch.eye(4))
+    with pytest.raises(ValueError, match="lr must not be negative or NaN"):
+        optimizer.add_param_group({"params": [("other", torch.nn.Parameter(torch.eye(2)))], "lr": float("nan")})
+    assert len(optimizer.param_groups) == 2
