@@ -11,13 +11,21 @@ from dataclasses import dataclass, field
 import torch
 
 from deepspeed.ops._base import has_kernels
-from deepspeed.ops.replace_rules import RULES
+from deepspeed.ops.replace_rules import CALLED, RULES
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What two correct implementations may differ by, in units of the dtype's rounding of the largest value: either rounds its result once (half
 # a unit) and may round what lies between once or twice. Gradients pass through twice as many roundings.
 _OUTPUT_ULPS, _GRADIENT_ULPS = 4, 8
+
+# A clamp or a threshold of the module's own shows itself at one of these sizes of its input, or at none that matters.
+_SIZES = (1.0, 0.01, 100.0)
+_CHUNK = 1 << 16   # elements that are compared at a time: a trial should not need much more memory than the module
+
+# What torch keeps in every module's __dict__: all else there is a setting of the module.
+_TORCH_S_OWN = frozenset(torch.nn.Module().__dict__)
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -44,12 +52,15 @@ class Replacement:
 def replace_modules(model, include=None, exclude=()):
     """Swaps the model's norms, activations, gated MLPs, softmax and loss modules for the fused operators. Returns a Replacement.
 
-    Every kind of module is first tried on random input and random weights of the module's dtype and device: output and gradients must agree with the module's
-    own to within a few roundings, else it stays as it is and `refused` says why. Found are modules of torch.nn and of models in the style of
-    Hugging Face (RMSNorm classes, `gate_proj/up_proj/down_proj` MLPs, activation classes), not functions called inside somebody's `forward`.
+    Every kind of module is first tried on random input of several sizes and random weights of the module's dtype and device, in training and in
+    evaluation: output and gradients must agree with the module's own to within a few roundings, else it stays as it is and `refused` says why.
+    Of one kind are modules of one class with the same settings, that is all their attributes and their children's. Found are modules of torch.nn and of
+    models in the style of Hugging Face (RMSNorm classes, `gate_proj/up_proj/down_proj` MLPs, activation classes), not functions called inside
+    somebody's `forward`.
 
     include, exclude: names of rules, of "layer_norm", "rms_norm", "activation", "gated_mlp", "softmax", "cross_entropy"; default: all.
-    Input of another dtype than the weights, as under autocast, and of dtypes or devices without kernels goes the module's own way.
+    What was not tried goes the module's own way: input of another dtype than the weights, autocast of anything but float32, dtypes or devices without
+    kernels, keyword or further arguments, a module whose settings or activation changed or whose activation got hooks since then.
     Weights, their names and hooks are untouched. On a compiled module it must be called before torch.compile.
     """
     wanted = _wanted(include, exclude)
@@ -61,16 +72,18 @@ def replace_modules(model, include=None, exclude=()):
             candidates = rule.candidates(module)
             if not candidates:
                 continue
-            if "forward" in module.__dict__:
-                replacement.refused[name] = f"{rule.name}: something has given this module a forward of its own"
+            obstacle = _obstacle(module)
+            if obstacle:
+                replacement.refused[name] = f"{rule.name}: {obstacle}"
                 break
-            key = (rule.name, type(module), rule.configuration(module), _dtype_and_device(module))
+            key = (rule.name, _kind(module))
             if key not in verdicts:
                 verdicts[key] = _first_that_agrees(module, rule, candidates)
             choice, why = verdicts[key]
             if choice is None:
                 replacement.refused[name] = f"{rule.name}: {why}"
             else:
+                module.__dict__["_as_tried"] = _settings(module)
                 module.__class__ = _fused_class(type(module), rule.name, choice)
                 replacement.replaced[name] = rule.name
             break
@@ -84,6 +97,7 @@ def restore_modules(model):
         original = _original_class(module)
         if original is not None:
             module.__class__ = original
+            module.__dict__.pop("_as_tried", None)
             changed += 1
     return changed
 
@@ -94,6 +108,60 @@ def _wanted(include, exclude):
         if name not in names:
             raise ValueError(f"replace_modules: there is no rule {name!r}; the rules are {', '.join(names)}")
     return [rule for rule in RULES if (include is None or rule.name in include) and rule.name not in exclude]
+
+
+def _obstacle(module):
+    """What a trial could not tell about the module; None: nothing."""
+    if "forward" in module.__dict__:
+        return "something has given this module a forward of its own"
+    if any(True for _ in module.buffers()):
+        return "it has buffers, whose values may change what it computes"
+    if _is_watched(module):
+        return "its activation has hooks or a forward of its own, which the fused operator would not call"
+    return None
+
+
+def _bypassed(module):
+    """The children that the module's own forward calls and the fused one does not."""
+    return [child for name, child in module._modules.items() if child is not None and name not in CALLED]
+
+
+def _is_watched(module):
+    return any("forward" in inner.__dict__ or any(inner.__dict__.get(hooks) for hooks in _CALL_HOOKS)
+               for child in _bypassed(module) for inner in child.modules())
+
+
+# ---- settings: what makes two modules of a class alike, and one module what it was
+
+def _settings(module):
+    """{name: value} of all that is the module's and no parameter, and the children that the fused forward does without."""
+    plain = {name: value for name, value in module.__dict__.items() if name not in _TORCH_S_OWN and name != "_as_tried"}
+    return plain | {name: child for name, child in module._modules.items() if child is not None and name not in CALLED}
+
+
+def _is_as_tried(module):
+    for name, tried in module._as_tried.items():
+        now = module.__dict__[name] if name in module.__dict__ else module._modules.get(name)
+        if now is not tried and not (type(now) is type(tried) and isinstance(now, (int, float)) and now == tried):
+            return False
+    return not module._modules or not _is_watched(module)
+
+
+def _kind(module):
+    """A key that two modules share only if they compute the same with the same weights."""
+    own = tuple((name, _value_key(value)) for name, value in module.__dict__.items() if name not in _TORCH_S_OWN and name != "_as_tried")
+    weights = tuple((name, p if p is None else (tuple(p.shape), p.dtype, p.device)) for name, p in module._parameters.items())
+    children = tuple((name, child if child is None else _kind(child)) for name, child in module._modules.items())
+    return type(module), own, weights, children
+
+
+def _value_key(value):
+    """Values that compare equal, of one type; what cannot be compared so is only like itself (the module keeps it alive, so its id stays its own)."""
+    try:
+        hash(value)
+    except TypeError:
+        return "id", id(value)
+    return ("id", id(value)) if torch.is_tensor(value) else (type(value), value)
 
 
 def _dtype_and_device(module):
@@ -125,17 +193,26 @@ def _fused_class(original, rule_name, choice):
 
 
 def _where_tried(original, fused):
-    """The fused forward for what the trial stands for: kernels for the device, a dtype they know, that of the weights. Else the module's own."""
+    """The fused forward for what the trial stands for. Else the module's own."""
+    arity = fused.__code__.co_argcount - 1
 
     @functools.wraps(original.forward)
-    def forward(self, input, *args, **kwargs):
-        weight = next(self.parameters(), None)
-        known = torch.is_tensor(input) and input.dtype in _KERNEL_DTYPES and has_kernels(input.device)
-        if known and (weight is None or weight.dtype == input.dtype):
-            return fused(self, input, *args, **kwargs)
-        return original.forward(self, input, *args, **kwargs)
+    def forward(self, *args, **kwargs):
+        if not kwargs and len(args) == arity and _fits(self, args) and _is_as_tried(self):
+            return fused(self, *args)
+        return original.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _fits(module, args):
+    """Tensors on a device with kernels, the first of a dtype that they know and that the weights have. Autocast leaves float32 as it is in what we replace."""
+    if not all(torch.is_tensor(t) for t in args):
+        return False
+    x, weight = args[0], next(module.parameters(), None)
+    if x.dtype not in _KERNEL_DTYPES or not has_kernels(x.device) or (weight is not None and weight.dtype != x.dtype):
+        return False
+    return x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)
 
 
 def _rebuild(original, rule_name, choice):
@@ -152,9 +229,9 @@ def _first_that_agrees(module, rule, candidates):
     why = ""
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        twin = _twin(module)
         for choice in candidates:
             try:
+                twin = _twin(module)
                 why = _difference(twin, rule, rule.forwards[choice])
             except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:  # of either forward: it is not ours to say
                 why = f"the trial failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -170,35 +247,61 @@ def _twin(module):
     for registry, value in module.__dict__.items():
         if registry.endswith("_hooks"):
             twin.__dict__[registry] = type(value)()
-    twin._parameters = {name: p if p is None else torch.nn.Parameter(_random(p.shape, p.dtype, p.device)) for name, p in module._parameters.items()}
+    twin._parameters = {name: p if p is None else torch.nn.Parameter(_random(p)) for name, p in module._parameters.items()}
     twin._modules = {name: child if child is None else _twin(child) for name, child in module._modules.items()}
     return twin
 
 
-def _random(shape, dtype, device):
-    return torch.randn(tuple(shape), device="cpu" if device.type == "meta" else device).to(dtype)
+def _random(p):
+    """Weights under which a linear layer's output is as large as its input: in float16 the product of two of them still has room."""
+    columns = p.shape[-1] if p.dim() > 1 else 1
+    return torch.randn(tuple(p.shape), dtype=p.dtype, device="cpu" if p.device.type == "meta" else p.device).mul_(columns ** -0.5)
 
 
 def _difference(twin, rule, fused_forward):
-    """Why the two forwards do not agree; empty if they do."""
+    """Why the two forwards do not agree, in training and evaluation and for input of each size; empty if they do."""
     dtype, device = _dtype_and_device(twin)
-    inputs = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in rule.sample(twin)]
-    own, own_grads = _outcome(twin, type(twin).forward, inputs)
-    fused, fused_grads = _outcome(twin, fused_forward, inputs)
-    if own.shape != fused.shape or own.dtype != fused.dtype:
-        return f"it gives {own.dtype}{list(own.shape)}, the fused operator {fused.dtype}{list(fused.shape)}"
-    for what, a, b, ulps in [("output", own, fused, _OUTPUT_ULPS)] + [("gradient", *pair, _GRADIENT_ULPS) for pair in zip(own_grads, fused_grads)]:
-        largest, apart = a.double().abs().max().item(), (a.double() - b.double()).abs().max().item()
-        if not apart <= ulps * torch.finfo(a.dtype).eps * largest:
-            return f"the {what} differs by {apart:.3g} where the largest value is {largest:.3g}"
+    samples = [t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in rule.sample(twin)]
+    for training in (True, False):
+        twin.train(training)
+        for size in _SIZES:
+            why = _difference_at(twin, fused_forward, [t * size if t.is_floating_point() else t for t in samples], may_overflow=size > 1)
+            if why:
+                return f"{why} ({'training' if training else 'evaluation'}, input of size {size:g})"
     return ""
 
 
-def _outcome(module, forward, inputs):
-    """(output, gradients of the inputs and parameters) under one fixed gradient of the output."""
-    inputs = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
-    wanted = [t for t in inputs if t.requires_grad] + list(module.parameters())
+def _difference_at(twin, fused_forward, inputs, may_overflow):
+    inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
     with torch.enable_grad():
-        output = forward(module, *inputs)
-        weights = torch.cos(torch.arange(output.numel(), device=output.device, dtype=torch.float32)).reshape(output.shape).to(output.dtype)
-        return output.detach(), torch.autograd.grad(output, wanted, weights)
+        state = _random_state(inputs[0].device)
+        own = type(twin).forward(twin, *inputs)
+        if not torch.equal(_random_state(inputs[0].device), state):
+            return "it draws random numbers"
+        fused = fused_forward(twin, *inputs)
+    if own.shape != fused.shape or own.dtype != fused.dtype:
+        return f"it gives {own.dtype}{list(own.shape)}, the fused operator {fused.dtype}{list(fused.shape)}"
+    why = _apart("output", own.detach(), fused.detach(), _OUTPUT_ULPS, may_overflow)
+    weights = torch.cos(torch.arange(own.numel(), device=own.device, dtype=torch.float32)).reshape(own.shape).to(own.dtype)
+    for leaf in [*filter(lambda t: t.requires_grad, inputs), *twin.parameters()]:   # one by one: two gradients are alive at a time, not all twice
+        if why:
+            break
+        pair = [torch.autograd.grad(output, leaf, weights, retain_graph=True)[0] for output in (own, fused)]
+        why = _apart("gradient", *pair, _GRADIENT_ULPS, may_overflow)
+    return why
+
+
+def _random_state(device):
+    return torch.get_rng_state() if device.type == "cpu" else torch.cat([torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)])
+
+
+def _apart(what, own, fused, ulps, may_overflow):
+    if may_overflow and not own.isfinite().all():
+        return ""
+    largest = apart = 0.0
+    for a, b in zip(own.reshape(-1).split(_CHUNK), fused.reshape(-1).split(_CHUNK)):
+        a, b = a.double(), b.double()
+        largest, apart = max(largest, a.abs().max().item()), max(apart, (a - b).abs().max().nan_to_num(nan=torch.inf).item())
+    if not apart <= ulps * torch.finfo(own.dtype).eps * largest:
+        return f"the {what} differs by {apart:.3g} where the largest value is {largest:.3g}"
+    return ""

@@ -10,12 +10,15 @@ from deepspeed.ops import activations, cross_entropy, normalization, softmax
 @dataclass(frozen=True)
 class Rule:
     """forwards: {candidate: forward(self, ...)}. candidates(module): which of them may fit, best guess first; none: the rule does not apply.
-    configuration(module): what, besides class, dtype and device, makes two modules alike (hashable). sample(module): random inputs."""
+    sample(module): random inputs, as many as the forward takes."""
     name: str
     forwards: dict
     candidates: object
-    configuration: object
     sample: object
+
+
+# The children that a fused forward calls as the module's own does, hooks and all; it does without the others.
+CALLED = frozenset(("gate_proj", "up_proj", "down_proj"))
 
 
 # ---- norms
@@ -73,8 +76,8 @@ def _gated(activation):
 
 def _gated_mlp_candidates(module):
     children = {name: child for name, child in module._modules.items() if child is not None}
-    linear = all(type(children.get(name)) is torch.nn.Linear for name in ("gate_proj", "up_proj", "down_proj"))
-    if not linear or set(children) - {"gate_proj", "up_proj", "down_proj", "act_fn"} or "act_fn" not in {*children, *module.__dict__}:
+    linear = all(type(children.get(name)) is torch.nn.Linear for name in CALLED)
+    if not linear or set(children) - {*CALLED, "act_fn"} or "act_fn" not in {*children, *module.__dict__}:
         return []
     return ["swiglu", "geglu", "geglu_tanh"]
 
@@ -82,11 +85,14 @@ def _gated_mlp_candidates(module):
 # ---- softmax and loss
 
 def _softmax(self, input):
+    if input.dim() == 0:
+        return torch.nn.Softmax.forward(self, input)
     return softmax.scaled_masked_softmax(input)
 
 
 def _cross_entropy(self, input, target):
-    if input.dim() != 2 or target.is_floating_point():   # classes in the second dimension, or probabilities: not what the fused one computes
+    # Classes in the second dimension, probabilities, bytes as labels, weights set later: not what the fused one computes.
+    if input.dim() != 2 or target.dtype != torch.int64 or self.weight is not None:
         return torch.nn.CrossEntropyLoss.forward(self, input, target)
     return cross_entropy.cross_entropy(input, target, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
                                        reduction=self.reduction)
@@ -100,30 +106,23 @@ def _rows(*columns):
 RULES = (
     Rule("layer_norm", {"torch": _layer_norm},
          candidates=lambda m: ["torch"] if type(m) is torch.nn.LayerNorm else [],
-         configuration=lambda m: (m.normalized_shape, m.eps, m.weight is None, m.bias is None),
          sample=lambda m: [_rows(*m.normalized_shape)]),
     Rule("rms_norm", {"torch": _torch_rms_norm, "weight": _hf_rms_norm, "one plus weight": _hf_rms_norm_from_one},
          candidates=_rms_norm_candidates,
-         configuration=lambda m: (tuple(m.weight.shape), _hf_eps(m)),
          sample=lambda m: [_rows(*m.weight.shape)]),
     Rule("gated_mlp", {"swiglu": _gated(activations.swiglu), "geglu": _gated(activations.geglu),
                        "geglu_tanh": _gated(lambda gate, up: activations.geglu(gate, up, approximate="tanh"))},
          candidates=_gated_mlp_candidates,
-         configuration=lambda m: (m.gate_proj.in_features, m.gate_proj.out_features, m.gate_proj.bias is None, m.down_proj.bias is None,
-                                  repr(getattr(m, "act_fn", None))),
          sample=lambda m: [_rows(m.gate_proj.in_features)]),
     Rule("activation", {"gelu": lambda self, input: activations.bias_gelu(input),
                         "gelu_tanh": lambda self, input: activations.bias_gelu(input, approximate="tanh"),
                         "silu": lambda self, input: activations.bias_silu(input)},
          candidates=_activation_candidates,
-         configuration=lambda m: (getattr(m, "approximate", None),),
          sample=lambda m: [_rows(67)]),
     Rule("softmax", {"torch": _softmax},
          candidates=lambda m: ["torch"] if type(m) is torch.nn.Softmax and m.dim == -1 else [],
-         configuration=lambda m: (),
          sample=lambda m: [_rows(67)]),
     Rule("cross_entropy", {"torch": _cross_entropy},
          candidates=lambda m: ["torch"] if type(m) is torch.nn.CrossEntropyLoss and m.weight is None else [],
-         configuration=lambda m: (m.ignore_index, m.label_smoothing, m.reduction),
          sample=lambda m: [_rows(67), torch.randint(67, (7,))]),
 )

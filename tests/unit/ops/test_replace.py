@@ -54,6 +54,31 @@ class GatedMLP(torch.nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class OddMLP(GatedMLP):
+    """Does more than its kin: scales, drops out, clamps, as its attributes say."""
+
+    def __init__(self, scale=1.0, dropout=0.0, clamp=None):
+        super().__init__(torch.nn.SiLU())
+        self.scale, self.dropout, self.clamp = scale, dropout, clamp
+
+    def forward(self, x):
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if self.clamp is not None:
+            hidden = hidden.clamp(-self.clamp, self.clamp)
+        hidden = torch.nn.functional.dropout(hidden, self.dropout, self.training)
+        scale = self.scale[0] if isinstance(self.scale, list) else self.scale
+        return scale * self.down_proj(hidden)
+
+
+class ScaledRMSNorm(LlamaLikeRMSNorm):
+    def __init__(self, scale):
+        super().__init__(D)
+        self.scale = scale
+
+    def forward(self, hidden_states, gate=None):
+        return super().forward(hidden_states) * (self.scale if gate is None else gate)
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -144,6 +169,134 @@ def test_what_computes_something_else_stays(model):
     done = replace_modules(model)
     assert type(model.body[4]) is MisleadingRMSNorm
     assert "rms_norm: the output differs by" in done.refused["body.4"] and "body.4: kept" in str(done)
+
+
+@pytest.mark.parametrize("kind", [OddMLP, ScaledRMSNorm, lambda scale: OddMLP([scale])])
+def test_modules_that_differ_in_an_attribute_are_tried_each(kind):
+    model = torch.nn.ModuleList([kind(1.0), kind(3.0), kind(1.0)])
+    x = torch.randn(3, D)
+    expected = model[1](x)
+    done = replace_modules(model, exclude=["activation"])
+    assert set(done.replaced) == {"0", "2"} and "differs by" in done.refused["1"]
+    assert torch.equal(model[1](x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_differs_in_one_mode_only_stays(training):
+    model = OddMLP(dropout=0.5).train(training)
+    done = replace_modules(model, exclude=["activation"])
+    assert done.replaced == {} and "it draws random numbers" in done.refused[""] and model.training is training
+    assert (model.train().down_proj.weight is model.down_proj.weight) and not torch.equal(model(torch.ones(3, D)), model(torch.ones(3, D)))
+
+
+def test_what_differs_on_large_input_only_stays():
+    assert "the output differs" in replace_modules(OddMLP(clamp=2000.0), exclude=["activation"]).refused[""]
+
+
+def test_an_activation_with_hooks_stays_or_gets_them_later(model):
+    seen = []
+    watch = lambda module, args, output: seen.append(module)
+    early, late = GatedMLP(torch.nn.SiLU()), GatedMLP(torch.nn.SiLU())
+    early.act_fn.register_forward_hook(watch)
+    body, x = torch.nn.Sequential(early, late), torch.randn(3, D)
+    done = replace_modules(body)
+    assert "hooks" in done.refused["0"] and done.replaced["1"] == "gated_mlp"
+    late(x)
+    handle = late.act_fn.register_forward_hook(watch)
+    late.gate_proj.register_forward_hook(watch)
+    body(x)
+    assert seen == [early.act_fn, late.gate_proj, late.act_fn]
+    handle.remove()
+    late(x)
+    assert seen[3:] == [late.gate_proj]
+
+
+def test_settings_changed_after_replacement_count():
+    x = torch.randn(3, D)
+    for module, change in ((GatedMLP(torch.nn.SiLU()), {"act_fn": torch.nn.Tanh()}), (GatedMLP(torch.nn.functional.silu), {"act_fn": torch.tanh}),
+                           (OddMLP(), {"scale": 3.0}), (torch.nn.GELU(), {"approximate": "tanh"}), (LlamaLikeRMSNorm(D), {"variance_epsilon": 1.0})):
+        twin, fused = copy.deepcopy(module), module
+        done = replace_modules(fused)
+        assert done.replaced
+        for name, value in change.items():
+            setattr(twin, name, value), setattr(fused, name, value)
+        torch.testing.assert_close(fused(x), twin(x))
+        done.restore()
+        assert set(fused.__dict__) == set(twin.__dict__)
+
+
+def test_a_forward_computes_fused_still(monkeypatch):
+    """Also of copies and pickles: none falls back to the module's own for nothing."""
+    body = torch.nn.Sequential(GatedMLP(torch.nn.SiLU()), LlamaLikeRMSNorm(D, eps=1e-5), GatedMLP(torch.nn.functional.gelu))
+    replace_modules(body)
+    for kind in (GatedMLP, LlamaLikeRMSNorm):
+        monkeypatch.setattr(kind, "forward", None)
+    file = io.BytesIO()
+    torch.save(body, file)
+    file.seek(0)
+    for model in (body, copy.deepcopy(body), torch.load(file, weights_only=False)):
+        model(torch.randn(3, D))
+        with torch.autocast("cpu", torch.bfloat16):
+            model[0](torch.randn(3, D))
+
+
+@pytest.mark.parametrize("module", [torch.nn.CrossEntropyLoss(), torch.nn.Softmax(-1), torch.nn.LayerNorm(D).bfloat16()])
+def test_under_autocast_the_dtype_is_torch_s(module):
+    x, labels = torch.randn(4, D).bfloat16(), torch.randint(D, (4,))
+    args = (x, labels) if isinstance(module, torch.nn.CrossEntropyLoss) else (x,)
+    fused = copy.deepcopy(module)
+    assert replace_modules(fused).replaced
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, own = fused(*args), module(*args)
+    assert ours.dtype == own.dtype and torch.equal(ours, own)
+
+
+@pytest.mark.parametrize("module, keyword", [(GatedMLP(torch.nn.SiLU()), "x"), (LlamaLikeRMSNorm(D), "hidden_states"), (torch.nn.RMSNorm(D), "x"),
+                                             (torch.nn.LayerNorm(D), "input"), (torch.nn.GELU(), "input")])
+def test_arguments_by_keyword(module, keyword):
+    fused, x = copy.deepcopy(module), torch.randn(3, D)
+    assert replace_modules(fused).replaced
+    torch.testing.assert_close(fused(**{keyword: x}), module(**{keyword: x}))
+
+
+def test_a_second_argument_is_the_module_s_own():
+    norm, x, gate = ScaledRMSNorm(1.0), torch.randn(3, D), torch.randn(3, D)
+    expected = norm(x, gate)
+    assert replace_modules(norm).replaced
+    assert torch.equal(norm(x, gate), expected) and torch.equal(norm(x, gate=gate), expected)
+
+
+def test_what_cannot_be_tried_is_refused():
+    mlp, watched = GatedMLP(torch.nn.SiLU()), LlamaLikeRMSNorm(D)
+    mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(2 * D, D, dtype=torch.int8), requires_grad=False)
+    watched.register_buffer("scale", torch.ones(()))
+    refused = replace_modules(torch.nn.Sequential(mlp, watched), exclude=["activation"]).refused
+    assert refused["0"].startswith("gated_mlp: the trial failed: ") and "it has buffers" in refused["1"]
+
+
+def test_input_that_only_torch_takes():
+    softmax, loss = torch.nn.Softmax(-1), torch.nn.CrossEntropyLoss()
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 4, 1, 2], dtype=torch.uint8)
+    replace_modules(torch.nn.ModuleList([softmax, loss]))
+    assert softmax(torch.tensor(3.0)) == 1
+    assert torch.equal(loss(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    loss.weight = torch.arange(5.0)
+    assert torch.equal(loss(logits, labels.long()), torch.nn.functional.cross_entropy(logits, labels.long(), weight=loss.weight))
+
+
+def test_the_trial_of_an_mlp_is_sparing():
+    with torch.device("meta"):
+        mlp = GatedMLP(torch.nn.SiLU())
+    for name, shape in (("gate_proj", (1024, 2048)), ("up_proj", (1024, 2048)), ("down_proj", (2048, 1024))):
+        setattr(mlp, name, torch.nn.Linear(*shape, bias=False))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+        assert replace_modules(mlp, include=["gated_mlp"]).replaced
+    alive = peak = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    weights = sum(p.nbytes for p in mlp.parameters())
+    assert weights <= peak < 2.5 * weights
 
 
 def test_a_forward_of_its_own_stays(model):
