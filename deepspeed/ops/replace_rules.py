@@ -28,7 +28,7 @@ def _layer_norm(self, input):
 
 
 def _torch_rms_norm(self, x):
-    eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+    eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps   # torch's default is that of the dtype it computes in
     return normalization.rms_norm(x, self.weight, eps)
 
 

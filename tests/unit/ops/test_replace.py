@@ -346,6 +346,14 @@ def test_narrow_models(dtype):
     assert len(replace_modules(body).replaced) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_rms_norm_without_eps_takes_torch_s_on_small_input(dtype):
+    own, x = torch.nn.RMSNorm(D, dtype=dtype), (torch.randn(3, D) / 100).to(dtype)
+    fused = copy.deepcopy(own)
+    assert replace_modules(fused).replaced == {"": "rms_norm"}
+    torch.testing.assert_close(fused(x), own(x))
+
+
 def test_models_without_values():
     with torch.device("meta"):
         body = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.GELU())
