@@ -134,7 +134,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _batches(self, group):
         """(parameters, gradients, states) by (device, whether the master is split, number of this update, whether states are to be made).
 
-        Almost always that is one batch. States are made with the first update, and when SGD's momentum is no longer zero. Models have tens of thousands of small parameters: every line of the loop costs a millisecond there.
+        Almost always that is one batch. States are made with the first update, and when SGD's momentum is no longer zero. Models have tens of
+        thousands of small parameters: every line of the loop costs a millisecond there.
         """
         batches, names = {}, self._names_in(group)
         is_split, all_states, last, key, batch = self._storage.is_split, self.state, names[-1] if names else "step", None, None
