@@ -34,7 +34,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cud
   std::apply(
       [&](auto&... value) {
         void* pointers[] = {&value...};
-        check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0, stream), name);
+        const cudaError_t status = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0, stream);
+        if (status != cudaSuccess) cudaGetLastError();  // it is said here: whoever asks next, torch after its own launch, is not to hear it again
+        check(status, name);
       },
       values);
 }

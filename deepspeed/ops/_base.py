@@ -4,6 +4,8 @@
 Note [Where an update runs]: parameters on the CPU, and on a GPU if CUDA code was built, are updated in C++ (``deepspeed._C``), all of a
 group's parameters in one call. On any other device the same formula runs in torch operations (``deepspeed.ops.reference``).
 """
+import contextlib
+
 import torch
 
 from deepspeed._native import lib
@@ -54,13 +56,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._storage
 
     def add_param_group(self, param_group):
-        super().add_param_group(param_group)
-        try:
+        with all_or_nothing(self):
+            super().add_param_group(param_group)
             self._check_groups(len(self.param_groups) - 1)
             self._check_params(self.param_groups[-1])
-        except Exception:
-            self.param_groups.pop()
-            raise
         for p in self.param_groups[-1]["params"]:
             self._numbers[p] = len(self._numbers)
 
@@ -164,18 +163,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         States of the optimizer's namesake in torch.optim are taken, too. What is refused changes nothing.
         """
-        before = self.state, self.param_groups
-        super().load_state_dict(state_dict)
-        try:
+        with all_or_nothing(self):
+            super().load_state_dict(state_dict)
             for group in self.param_groups:
                 for key, value in self.defaults.items():
                     group.setdefault(key, value)
             self._check_groups()
             for p, group, saved in saved_states(self, state_dict):
                 self._restore(p, group, saved)
-        except Exception:
-            self.state, self.param_groups = before
-            raise
 
     def _restore(self, p, group, saved):
         own = self.state[p]
@@ -193,6 +188,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             own.update(self._storage.restored(p, self._storage.fresh(p, names, self.unsigned_states), saved))
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {name_of(self, p)}: {error}") from None
+
+
+@contextlib.contextmanager
+def all_or_nothing(optimizer):
+    """For what adds a group or loads states, which torch keeps in a new dict: if it is refused, the optimizer has the groups and states it had."""
+    state, groups, members = optimizer.state, optimizer.param_groups, list(optimizer.param_groups)
+    try:
+        yield
+    except BaseException:
+        groups[:] = members
+        optimizer.state, optimizer.param_groups = state, groups
+        raise
 
 
 def saved_states(optimizer, state_dict):

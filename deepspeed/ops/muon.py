@@ -2,7 +2,7 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, with Adam beside it for everything that is not a matrix."""
 import torch
 
-from deepspeed.ops._base import FusedOptimizer, name_of, saved_states, sparse_refused
+from deepspeed.ops._base import FusedOptimizer, all_or_nothing, name_of, saved_states, sparse_refused
 
 # x -> a x + b x^3 + c x^5 drives every singular value in (0, 1] towards 1 (roughly 0.7 to 1.2), fastest near zero.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -113,14 +113,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, ns_method=ns_method))
 
     def add_param_group(self, param_group):
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
+        with all_or_nothing(self):
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             _check_rates(type(self).__name__, **{key: group[key] for key in ("lr", "weight_decay", "momentum")})
             _refuse_vectors(self, group["params"])
-        except Exception:
-            self.param_groups.pop()
-            raise
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -138,14 +135,10 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """As torch.optim.Optimizer, but momenta stay as wide as they are here. What is refused changes nothing."""
-        before = self.state, self.param_groups
-        super().load_state_dict(state_dict)
-        try:
+        with all_or_nothing(self):
+            super().load_state_dict(state_dict)
             for p, _, saved in saved_states(self, state_dict):
                 self.state[p]["momentum_buffer"] = _restored_momentum(self, p, saved)
-        except Exception:
-            self.state, self.param_groups = before
-            raise
 
 
 SingleDeviceMuon = Muon

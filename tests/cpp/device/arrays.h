@@ -14,18 +14,17 @@
 #include <string>
 #include <vector>
 
+#include "../kernels/values.h"
 #include "base/dtype.h"
 #include "host_cuda/grid.h"
 
 namespace ds::kernels::testing {
 
-inline constexpr DType kFloats[] = {DType::F32, DType::BF16, DType::F16};
-
 // n values in a storage format. They begin `offset` elements after an address that is aligned to 16 bytes, and end where a page ends
 // (at most 15 bytes before), behind which no memory is: reading there stops the test. Bytes on either side are watched for writes.
-class DeviceArray {
+class DeviceArray : public Values {
  public:
-  DeviceArray(DType dtype, int64_t n, int64_t offset = 0) : dtype_(dtype), n_(n) {
+  DeviceArray(DType dtype, int64_t n, int64_t offset = 0) : Values(dtype, n) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), wanted = bytes() + 16;
     inner_ = (wanted + page - 1) / page * page;
     mapped_ = inner_ + 2 * page;
@@ -41,7 +40,7 @@ class DeviceArray {
     data_ = first_ + begin;
     std::memset(data_, 0, bytes());
   }
-  DeviceArray(DeviceArray&& other) noexcept { *this = std::move(other); }
+  DeviceArray(DeviceArray&& other) noexcept : Values(other.dtype_, 0) { *this = std::move(other); }
   DeviceArray& operator=(DeviceArray&& other) noexcept {
     std::swap(dtype_, other.dtype_);
     std::swap(n_, other.n_);
@@ -52,34 +51,11 @@ class DeviceArray {
     std::swap(data_, other.data_);
     return *this;
   }
-  ~DeviceArray() {
+  ~DeviceArray() override {
     if (pages_ != nullptr) munmap(pages_, mapped_);
   }
 
-  void* data() { return data_; }
-  template <class T>
-  T* as() {
-    return reinterpret_cast<T*>(data_);
-  }
-  float* floats() { return as<float>(); }
-  DType dtype() const { return dtype_; }
-  int64_t size() const { return n_; }
-  float get(int64_t i) {
-    if (dtype_ == DType::F32) return floats()[i];
-    const uint16_t raw = as<uint16_t>()[i];
-    return dtype_ == DType::BF16 ? bf16_to_float(raw) : f16_to_float(raw);
-  }
-  void set(int64_t i, float x) {
-    if (dtype_ == DType::F32) floats()[i] = x;
-    else as<uint16_t>()[i] = dtype_ == DType::BF16 ? float_to_bf16(x) : float_to_f16(x);
-  }
-  void fill(unsigned seed, float low = -2.0f, float high = 2.0f) {
-    std::mt19937 generator(seed);
-    std::uniform_real_distribution<float> value(low, high);
-    for (int64_t i = 0; i < n_; ++i) set(i, value(generator));
-  }
-  void copy(DeviceArray& other) { std::memcpy(data_, other.data_, bytes()); }
-  bool same_bits(DeviceArray& other) { return std::memcmp(data_, other.data_, bytes()) == 0; }
+  void* data() override { return data_; }
   std::string bits() const { return std::string(reinterpret_cast<const char*>(data_), bytes()); }
   bool guards_intact() const {
     for (const uint8_t* p = first_; p < first_ + inner_; ++p) {
@@ -90,14 +66,9 @@ class DeviceArray {
 
  private:
   static constexpr uint8_t kGuard = 0xa5;
-  size_t bytes() const { return static_cast<size_t>(n_) * dtype_size(dtype_); }
-  DType dtype_ = DType::F32;
-  int64_t n_ = 0;
   size_t inner_ = 0, mapped_ = 0;
   uint8_t *pages_ = nullptr, *first_ = nullptr, *data_ = nullptr;
 };
-
-#define EXPECT_SAME(a, b) EXPECT_TRUE((a).same_bits(b) && (a).guards_intact()) << #a
 
 // Runs body() with threads and blocks in one order after the other. It returns the bits of what the kernels wrote, which must be the same.
 template <class Body>

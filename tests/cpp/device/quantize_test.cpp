@@ -2,6 +2,7 @@
 // The CUDA quantisers, run on the host, have the bytes, scales and values of the scalar reference bit for bit.
 #include "kernels/quantize/quantize.h"
 
+#include "../kernels/quantize_kinds.h"
 #include "arrays.h"
 #include "base/error.h"
 
@@ -10,17 +11,6 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-struct Kind {
-  QuantFormat format;
-  bool symmetric;
-  const char* name;
-};
-constexpr Kind kKinds[] = {
-    {QuantFormat::INT8, true, "int8"},         {QuantFormat::INT8, false, "int8 asymmetric"}, {QuantFormat::INT4, true, "int4"},
-    {QuantFormat::INT4, false, "int4 asymmetric"}, {QuantFormat::FP8_E4M3, true, "fp8 e4m3"}, {QuantFormat::FP8_E5M2, true, "fp8 e5m2"},
-    {QuantFormat::FP6_E3M2, true, "fp6 e3m2"}, {QuantFormat::FP4_E2M1, true, "fp4 e2m1"},     {QuantFormat::FP12_E4M7, true, "fp12 e4m7"},
-};
 
 // Around a unit of 8; teams of 1, 2, 4, 16 and 32 lanes; a lane's second unit (257); the whole block (1025) and its second unit (2049).
 constexpr int64_t kGroups[] = {1, 3, 8, 9, 16, 17, 100, 128, 256, 257, 1024, 1025, 2048, 2049, 2056};

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "kernels/philox.h"
+#include "quantize_kinds.h"
 #include "slices.h"
 
 namespace ds::kernels::testing {
@@ -15,20 +16,6 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-struct Kind {
-  QuantFormat format;
-  bool symmetric;
-  const char* name;
-  double largest;
-  int mantissa, smallest_exponent;  // floating point: bits, exponent of the smallest normal; integers: 0
-};
-constexpr Kind kKinds[] = {
-    {QuantFormat::INT8, true, "int8", 127, 0, 0},           {QuantFormat::INT8, false, "int8 asymmetric", 255, 0, 0},
-    {QuantFormat::INT4, true, "int4", 7, 0, 0},             {QuantFormat::INT4, false, "int4 asymmetric", 15, 0, 0},
-    {QuantFormat::FP8_E4M3, true, "fp8 e4m3", 448, 3, -6},  {QuantFormat::FP8_E5M2, true, "fp8 e5m2", 57344, 2, -14},
-    {QuantFormat::FP6_E3M2, true, "fp6 e3m2", 28, 2, -2},   {QuantFormat::FP4_E2M1, true, "fp4 e2m1", 6, 1, 0},
-    {QuantFormat::FP12_E4M7, true, "fp12 e4m7", 510, 7, -6},
-};
 constexpr int64_t kGroups[] = {1, 3, 8, 20, 64, 100, 2048, 3001};
 
 // A quantised array with guards around its bytes.
