@@ -6,6 +6,7 @@ from deepspeed.ops._library import ops
 
 _LAYOUTS = {"bshd": False, "bhsd": True}
 _STYLES = {"half": False, "interleaved": True}
+_LARGEST_TABLE = 1 << 20  # positions beyond it (512 MiB of tables for heads of 128) get rows of their own: one stray number must not fill the memory
 
 
 def _choice(table, value, name):
@@ -43,9 +44,13 @@ def apply_rotary(q, k, cos, sin, positions=None, *, layout="bshd", style="half",
 class RotaryEmbedding(torch.nn.Module):
     """Makes and keeps the tables: angle of pair i at position t is scale * t * base ** (-2 i / rotary_dim).
 
-    dim: elements of a head; max_positions: rows of the tables (they grow when a longer sequence comes, outside torch.compile); rotary_dim:
+    dim: elements of a head; max_positions: rows of the tables, which grow when a longer sequence or a larger position comes; rotary_dim:
     None for all of dim; scale: below 1 stretches positions linearly. The tables are float32 [max_positions, rotary_dim / 2] buffers, computed
-    in float64, not saved with the model."""
+    in float64, not saved with the model.
+
+    The values of `positions` can be read only on the CPU. On a GPU that would wait for it, and torch.compile cannot: there the rows of the given
+    positions are computed with each call (seq * rotary_dim / 2 cosines and sines in float64) instead of looked up, so that any position is right.
+    Where all positions are known to lie in the tables, apply_rotary(q, k, module.cos, module.sin, positions) looks them up."""
 
     def __init__(self, dim, max_positions=2048, base=10000.0, rotary_dim=None, style="half", layout="bshd", scale=1.0, device=None):
         super().__init__()
@@ -60,11 +65,16 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def _angles(self, positions):
+        """float64 [..., rotary_dim / 2]; NaN for a position below 0."""
+        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64, device=positions.device)
+        frequencies = self.scale * self.base ** (-pairs / max(1, self.rotary_dim))
+        t = positions.unsqueeze(-1)
+        return (t * frequencies).masked_fill(t < 0, torch.nan)
+
     @torch.inference_mode(False)  # tables that grew in evaluation serve training as well
     def _tables(self, rows, device):
-        pairs = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64)
-        frequencies = self.scale * self.base ** (-pairs / max(1, self.rotary_dim))
-        angles = torch.outer(torch.arange(rows, dtype=torch.float64), frequencies)
+        angles = self._angles(torch.arange(rows))
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
     def reset_parameters(self):
@@ -80,11 +90,45 @@ class RotaryEmbedding(torch.nn.Module):
         return self
 
     def forward(self, q, k, positions=None):
-        """(q, k) rotated; positions as in apply_rotary, by default 0, 1, .. seq - 1."""
-        seq = q.shape[2 if self.layout == "bhsd" else 1]
-        if seq > self.cos.shape[0]:
-            self.cos, self.sin = self._tables(max(seq, 2 * self.cos.shape[0]), self.cos.device)
-        return apply_rotary(q, k, self.cos, self.sin, positions, layout=self.layout, style=self.style, rotary_dim=self.rotary_dim)
+        """(q, k) rotated; positions as in apply_rotary, by default 0, 1, .. seq - 1. One of q and k may be None."""
+        given = k if q is None else q
+        if given is None:
+            raise ValueError("q and k are both None")
+        seq = given.shape[2 if self.layout == "bhsd" else 1]
+        rows, cos, sin = seq, None, None
+        if positions is not None:
+            self._check_positions(positions, given, seq)
+            rows = int(positions.max()) + 1 if _is_readable(positions) and positions.numel() else None
+        if rows is not None and self._cover(rows):
+            cos, sin = self.cos, self.sin
+        else:
+            angles = self._angles(torch.arange(seq, device=given.device) if positions is None else positions)
+            cos, sin, positions = angles.cos().float(), angles.sin().float(), None
+        return apply_rotary(q, k, cos, sin, positions, layout=self.layout, style=self.style, rotary_dim=self.rotary_dim)
+
+    def _cover(self, rows):
+        """Whether the tables have so many rows, now if need be."""
+        have = self.cos.shape[0]
+        if rows > have:
+            if torch.compiler.is_compiling() or rows > _LARGEST_TABLE:
+                return False
+            self.cos, self.sin = self._tables(min(max(rows, 2 * have), max(rows, _LARGEST_TABLE)), self.cos.device)
+        return True
+
+    @staticmethod
+    def _check_positions(positions, given, seq):
+        if positions.device != given.device:
+            raise ValueError(f"positions lies on {positions.device}, q on {given.device}")
+        if positions.dtype != torch.int64:
+            raise ValueError(f"positions must be int64, not {positions.dtype}")
+        if tuple(positions.shape) not in ((seq,), (given.shape[0], seq), (1, seq)):
+            raise ValueError(f"positions must have shape [{seq}] or [{given.shape[0]}, {seq}], not {list(positions.shape)}")
 
     def extra_repr(self):
         return f"dim={self.dim}, rotary_dim={self.rotary_dim}, base={self.base:g}, style={self.style!r}, layout={self.layout!r}"
+
+
+def _is_readable(positions):
+    """Whether their values can be had without a wait: plain memory of the CPU, and nobody traces."""
+    return (positions.device.type == "cpu" and type(positions) is torch.Tensor and not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() == 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepspeed.ops.rope import apply_rotary
+from deepspeed.ops.rope import RotaryEmbedding, apply_rotary
 from tests.unit.ops import rope_checks as checks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,3 +34,14 @@ def test_positions_outside_the_tables_become_nan():
     cos, sin = checks.tables([4], 8, GPU)
     out = apply_rotary(q, q, cos, sin, torch.tensor([0, 4, -1], device=GPU))[0]
     assert out[0, 0].isfinite().all() and out[0, 1:].isnan().all()
+
+
+def test_module_takes_any_position_without_a_wait():
+    module, far = RotaryEmbedding(16, max_positions=8, device=GPU), torch.tensor([[70, 3, 9], [0, 150, 7]], device=GPU)
+    q = torch.randn(2, 3, 4, 16, device=GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = module(q, None, far)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out, RotaryEmbedding(16, max_positions=200, device=GPU)(q, None, far)[0])

@@ -2,6 +2,7 @@
 """Rotary embedding on the CPU: accuracy beside plain torch, forms of tables and strides, tracing, threads, refusals."""
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from deepspeed.ops.rope import RotaryEmbedding, apply_rotary
 from tests.unit.ops import rope_checks as checks
@@ -84,6 +85,45 @@ def test_fullgraph_compile_with_changing_shapes():
             assert torch.equal(a, b)
 
 
+FAR = torch.tensor([[70, 3, 9], [0, 150, 7]])
+
+
+def rotated_far(q, positions=FAR):
+    return RotaryEmbedding(16, max_positions=200)(q, None, positions)[0]
+
+
+def test_tables_grow_to_the_largest_position():
+    q = torch.randn(2, 3, 4, 16)
+    module = RotaryEmbedding(16, max_positions=8)
+    assert torch.equal(module(q, None, FAR[0])[0], rotated_far(q, FAR[0])) and module.cos.shape[0] == 71
+    with torch.inference_mode():
+        assert torch.equal(module(None, q, FAR)[1], rotated_far(q)) and module.cos.shape[0] == 151
+    q.requires_grad_()
+    module(q, q, FAR)[0].sum().backward()
+    assert torch.equal(module(q, None, torch.tensor([1 << 40, 3, 9]))[0][:, 1:], rotated_far(q, FAR[0])[:, 1:]) and module.cos.shape[0] == 151
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_modules_take_any_position_and_length(backend):
+    torch._dynamo.reset()
+    module = RotaryEmbedding(16, max_positions=8)
+    q, longer = torch.randn(2, 3, 4, 16, requires_grad=True), torch.randn(2, 40, 4, 16)
+    compiled = torch.compile(lambda q, positions=None: module(q, None, positions)[0], fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(q, FAR), rotated_far(q))
+    torch.testing.assert_close(torch.autograd.grad(compiled(q, FAR).sum(), q), torch.autograd.grad(rotated_far(q).sum(), q))
+    torch.testing.assert_close(compiled(longer), rotated_far(longer, None))
+    assert compiled(q, torch.tensor([0, -1, 2])).isnan().any(-1).any(-1).tolist() == [[False, True, False]] * 2
+
+
+def test_positions_that_cannot_be_read():
+    """Of sizes alone, and while somebody traces: the graph holds for other positions, too."""
+    q, module = torch.randn(2, 3, 4, 16), RotaryEmbedding(16, max_positions=8)
+    traced = make_fx(lambda q, positions: module(q, None, positions)[0])(q, torch.zeros_like(FAR))
+    assert torch.equal(traced(q, FAR), rotated_far(q))
+    assert torch.equal(torch.export.export(module, (q, q, torch.zeros_like(FAR))).module()(q, q, FAR)[0], rotated_far(q))
+    assert module(q.to("meta"), None, FAR.to("meta"))[0].shape == q.shape and module.cos.shape[0] == 8
+
+
 def test_threads_change_no_bit():
     q, k = torch.randn(2, 300, 8, 64), torch.randn(2, 300, 2, 64)
     cos, sin = checks.tables([300], 64, CPU)
@@ -118,6 +158,10 @@ REFUSED = {
     "positions must have": lambda: apply_rotary(Q, Q, COS, SIN, torch.zeros(4, dtype=torch.int64)),
     "positions: 3": lambda: apply_rotary(Q, Q, COS, SIN, torch.tensor([0, 3, 1])),
     "positions: -1": lambda: apply_rotary(Q, Q, COS, SIN, torch.tensor([0, -1, 1])),
+    "positions must be int64, not torch.int32": lambda: RotaryEmbedding(8)(Q, Q, torch.zeros(3, dtype=torch.int32)),
+    r"positions must have shape \[3\] or \[2, 3\]": lambda: RotaryEmbedding(8)(Q, Q, torch.zeros(1, 4, dtype=torch.int64)),
+    "positions lies on meta": lambda: RotaryEmbedding(8)(Q, Q, torch.zeros(3, dtype=torch.int64, device="meta")),
+    "positions: -2": lambda: RotaryEmbedding(8)(Q, Q, torch.tensor([0, -2, 1])),
     "layout must": lambda: apply_rotary(Q, Q, COS, SIN, layout="sbhd"),
     "style must": lambda: apply_rotary(Q, Q, COS, SIN, style="neox"),
     "both None": lambda: apply_rotary(None, None, COS, SIN),
