@@ -23,8 +23,7 @@ Arrays checked_arrays(const std::vector<at::Tensor>& tensors) {
   if (!tensors.empty() && tensors[0].defined()) result.device = tensors[0].device();
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& t = tensors[i];
-    DS_CHECK_VALUE(t.defined(), "tensors[" << i << "] is undefined");
-    DS_CHECK_VALUE(t.layout() == at::kStrided, "tensors[" << i << "]: sparse tensors are not supported");
+    check_memory(t, "tensors", i);
     DS_CHECK_VALUE(ops::is_kernel_float(t.scalar_type()),
                    "tensors[" << i << "]: dtype must be float32, bfloat16 or float16, not " << c10::toString(t.scalar_type()));
     DS_CHECK_VALUE(t.is_non_overlapping_and_dense(), "tensors[" << i << "] overlaps itself or has gaps: make it contiguous");

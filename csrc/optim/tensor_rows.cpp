@@ -23,8 +23,7 @@ bool is_code(at::ScalarType t) { return t == at::kChar || t == at::kByte; }
 Form float_form(at::ScalarType t) { return t == at::kFloat ? Form::F32 : t == at::kHalf ? Form::F16 : Form::BF16; }
 
 void check_param(const at::Tensor& p, size_t index, const at::Device& device) {
-  DS_CHECK_VALUE(p.defined(), "params[" << index << "] is undefined");
-  DS_CHECK_VALUE(p.layout() == at::kStrided, "params[" << index << "] is not a strided tensor");
+  check_memory(p, "params", index);
   DS_CHECK_VALUE(ops::is_kernel_float(p.scalar_type()),
                  "params[" << index << "]: dtype must be float32, bfloat16 or float16, not " << c10::toString(p.scalar_type()));
   DS_CHECK_VALUE(p.is_non_overlapping_and_dense(), "params[" << index << "] overlaps itself or has gaps: make it contiguous");
@@ -33,8 +32,7 @@ void check_param(const at::Tensor& p, size_t index, const at::Device& device) {
 }
 
 void check_beside(const at::Tensor& t, const char* name, size_t index, const at::Tensor& p) {
-  DS_CHECK_VALUE(t.defined(), name << "[" << index << "] is undefined");
-  DS_CHECK_VALUE(t.layout() == at::kStrided, name << "[" << index << "]: sparse tensors are not supported");
+  check_memory(t, name, index);
   DS_CHECK_VALUE(t.device() == p.device(),
                  name << "[" << index << "] lies on " << t.device().str() << ", its parameter on " << p.device().str());
 }
@@ -140,6 +138,14 @@ void check_lengths(const Tensors& params, const Tensors& grads, const std::vecto
 }
 
 }  // namespace
+
+void check_memory(const at::Tensor& t, const char* name, size_t index) {
+  DS_CHECK_VALUE(t.defined(), name << "[" << index << "] is undefined");
+  DS_CHECK_VALUE(t.layout() == at::kStrided, name << "[" << index << "]: sparse tensors are not supported");
+  DS_CHECK_VALUE(!t.is_nested(), name << "[" << index << "]: nested tensors are not supported");
+  DS_CHECK_VALUE(!t.unsafeGetTensorImpl()->is_python_dispatch(),
+                 name << "[" << index << "] is a tensor subclass (a DTensor?), which has no memory of its own: give the plain tensor that it holds (to_local)");
+}
 
 Rows checked_rows(const Tensors& params, const Tensors& grads, const std::vector<NamedStates>& states, const Storage& storage, bool keep_empty) {
   check_lengths(params, grads, states, storage);

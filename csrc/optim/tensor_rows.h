@@ -49,6 +49,9 @@ struct Rows {
   bool empty() const { return rows.empty(); }
 };
 
+// Refuses what has no memory to give to a kernel: sparse and nested tensors, and subclasses (DTensors), whose data pointers are null.
+void check_memory(const at::Tensor& t, const char* name, size_t index);
+
 // Everything is checked before anything is returned; errors name the list and the index. Parameters without elements make no row.
 // keep_empty: they make one.
 Rows checked_rows(const Tensors& params, const Tensors& grads, const std::vector<NamedStates>& states, const Storage& storage,

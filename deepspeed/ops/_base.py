@@ -9,6 +9,7 @@ import contextlib
 import torch
 
 from deepspeed._native import lib
+from deepspeed.ops._shards import as_part_of, describe, is_dtensor, is_plain, local_part
 from deepspeed.ops._storage import OPTION_NAMES, Storage
 
 # Keys of torch.optim groups that would change the update and that these optimizers do not have.
@@ -23,13 +24,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     when written. The given parameter-group dicts are kept, not copied, and read anew at every step; keys that are not known are left alone.
     ``state[p]`` holds ``step`` (int) and the tensors named in ``state_names``, float32 unless ``fp32_optimizer_states`` is false or the
     options of ``deepspeed.ops._storage`` say otherwise.
+    A DTensor is updated where its elements lie, without communication; its states are DTensors of its placements.
     """
 
     state_names = ()
     needed_states = ()  # what a saved state cannot do without; the others start at zero
     torch_names = {}  # what torch.optim calls a state, where it differs
     unsigned_states = ("exp_avg_sq",)  # those that are never negative
-    _settings = ("_storage",)  # attributes that copies and pickles carry; torch carries defaults, state and param_groups alone
+    has_whole_norms = False  # whether the update needs numbers of a whole parameter: then not of a DTensor's part
+    _has_dtensors = False
+    _settings = ("_storage", "_has_dtensors")  # attributes that copies and pickles carry; torch carries defaults, state and param_groups alone
 
     def __init__(self, params, defaults, fp32_optimizer_states=True, **options):
         flags = {key: options.pop(key) for key in (*_HARMLESS, *_REFUSED) if key in options}
@@ -65,9 +69,21 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_params(self, group):
         for p in group["params"]:
+            if not is_plain(p):
+                self._check_subclass(p)
+                self._has_dtensors = True
             if self._storage.is_split and p.dtype == torch.float16:
                 raise ValueError(f"{type(self).__name__}: {name_of(self, p)}: master='split' needs bfloat16 parameters: float16 is no upper half "
                                  "of a float32")
+
+    def _check_subclass(self, p):
+        if not is_dtensor(p):
+            raise opaque_refused(self, p)
+        if self.has_whole_norms:
+            raise dtensor_refused(self, p)
+        if self._storage.is_split or self._storage.is_stochastic or self._storage.is_8bit:
+            raise ValueError(f"{type(self).__name__}: {name_of(self, p)} is a DTensor: master='split', rounding='stochastic' and state_dtype='8bit' "
+                             "are for parameters in one piece: leave the option out")
 
     def _check_step(self):
         """Before anything moves."""
@@ -120,15 +136,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         for (_, _, step, is_new), (params, grads, states) in self._batches(group).items():
             device = params[0].device
             backend = _backend(device)
-            now = [{"step": 0, **self._storage.fresh(p, names, self.unsigned_states), **s} for p, s in zip(params, states)] if is_new else states
+            now = [{"step": 0, **self._fresh(p, names), **s} for p, s in zip(params, states)] if is_new else states
             options = self._storage.call_options(params, now, names, step, self._numbers)
             if options and backend is not lib():
                 raise ValueError(f"{type(self).__name__}: {', '.join(options)}: no kernel for parameters on {device}")
-            self._update(group, step, is_new, params, grads, [[s[name] for s in now] for name in names], backend, options)
+            lists = [params, grads, *([s[name] for s in now] for name in names)]
+            if self._has_dtensors:
+                lists = self._local(*lists)
+            self._update(group, step, is_new, *lists[:2], lists[2:], backend, options)
             for state, tensors in zip(states, now):
                 if is_new:
                     state.update(tensors)
                 state["step"] = step
+
+    def _fresh(self, p, names):
+        if is_plain(p):
+            return self._storage.fresh(p, names, self.unsigned_states)
+        tensors = self._storage.fresh(local_part(p, p), names, self.unsigned_states)
+        return {key: as_part_of(p, tensor) for key, tensor in tensors.items()}
+
+    def _local(self, params, *lists):
+        """The lists with each DTensor's own part in its place."""
+        for i, p in enumerate(params):
+            if not is_plain(p) and not all(is_dtensor(tensors[i]) for tensors in lists):
+                raise TypeError(f"{type(self).__name__}: {name_of(self, p)} is a DTensor, its gradient or a state is not: give them its placements")
+        return [[t if is_plain(p) else local_part(t, p) for p, t in zip(params, tensors)] for tensors in (params, *lists)]
 
     def _batches(self, group):
         """(parameters, gradients, states) by (device, whether the master is split, number of this update, whether states are to be made).
@@ -185,7 +217,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             del own[name]
         names = [name for name in self.state_names if torch.is_tensor(saved.get(name))]
         try:
-            own.update(self._storage.restored(p, self._storage.fresh(p, names, self.unsigned_states), saved))
+            own.update(self._storage.restored(p, self._fresh(p, names), saved))
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {name_of(self, p)}: {error}") from None
 
@@ -221,6 +253,17 @@ def name_of(optimizer, param):
 def sparse_refused(optimizer, param):
     return RuntimeError(f"{type(optimizer).__name__}: {name_of(optimizer, param)} has a sparse gradient: make it dense "
                         "(torch.nn.Embedding(sparse=False)) or give the parameter to another optimizer")
+
+
+def dtensor_refused(optimizer, param):
+    return TypeError(f"{type(optimizer).__name__}: {name_of(optimizer, param)} is a DTensor, of which a process holds a part: this update needs the whole "
+                     "parameter. Give it plain tensors, or use an optimizer that works element by element (FusedAdam, FusedLion, FusedSGD, "
+                     "DeepSpeedCPUAdagrad)")
+
+
+def opaque_refused(optimizer, param):
+    return TypeError(f"{type(optimizer).__name__}: {name_of(optimizer, param)} is {describe(param)}: the kernels write into the memory of dense tensors. "
+                     "Give the optimizer those or use torch.optim")
 
 
 def has_kernels(device):

@@ -2,7 +2,8 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, with Adam beside it for everything that is not a matrix."""
 import torch
 
-from deepspeed.ops._base import FusedOptimizer, all_or_nothing, name_of, saved_states, sparse_refused
+from deepspeed.ops._base import FusedOptimizer, all_or_nothing, dtensor_refused, name_of, opaque_refused, saved_states, sparse_refused
+from deepspeed.ops._shards import is_dtensor, is_plain
 
 # x -> a x + b x^3 + c x^5 drives every singular value in (0, 1] towards 1 (roughly 0.7 to 1.2), fastest near zero.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -85,8 +86,10 @@ def _check_rates(owner, **values):
             raise ValueError(f"{owner}: {key} must not be negative or NaN, got {value}")
 
 
-def _refuse_vectors(optimizer, params):
+def _check_matrices(optimizer, params):
     for p in params:
+        if not is_plain(p):
+            raise dtensor_refused(optimizer, p) if is_dtensor(p) else opaque_refused(optimizer, p)
         shape = getattr(p, "ds_shape", p.shape)
         if len(shape) < 2:
             raise ValueError(f"{type(optimizer).__name__}: {name_of(optimizer, p)} has shape {list(shape)}: Muon needs at least two dimensions; "
@@ -117,7 +120,7 @@ class Muon(torch.optim.Optimizer):
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             _check_rates(type(self).__name__, **{key: group[key] for key in ("lr", "weight_decay", "momentum")})
-            _refuse_vectors(self, group["params"])
+            _check_matrices(self, group["params"])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -215,7 +218,7 @@ class MuonWithAuxAdam(FusedOptimizer):
 
     def _check_params(self, group):
         super()._check_params(group)
-        _refuse_vectors(self, [p for p in group["params"] if self._wants_muon(group, p)])
+        _check_matrices(self, [p for p in group["params"] if self._wants_muon(group, p)])
 
     def _check_group(self, group):
         super()._check_group(group)

@@ -14,6 +14,7 @@ class FusedLamb(FusedOptimizer):
 
     state_names = ("exp_avg", "exp_avg_sq")
     needed_states = ("step", "exp_avg", "exp_avg_sq")
+    has_whole_norms = True
     _coefficients = ()
     _settings = (*FusedOptimizer._settings, "_coefficients")
 
