@@ -39,7 +39,7 @@ package() {
 
 python_tests() {
   local paths=() path
-  for path in tests/unit tests/parity tests/compat tests/faults; do [ -d "$path" ] && paths+=("$path"); done
+  for path in tests/unit tests/parity tests/compat tests/faults tests/bench; do [ -d "$path" ] && paths+=("$path"); done
   [ $# -gt 0 ] && paths=("$@")
   OMP_NUM_THREADS=1 timeout --kill-after=10 2700 "$VENV_PYTHON" -m pytest -q "${paths[@]}"
 }

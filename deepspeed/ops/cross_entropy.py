@@ -91,8 +91,9 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
         raise ValueError(f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}: expected {tuple(hidden.shape[:-1])}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
-    if torch.is_autocast_enabled(hidden.device.type):  # a matrix product, to autocast
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # a matrix product, to autocast
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])
     loss = ops().linear_cross_entropy(rows, weight, bias, labels.reshape(-1), kind, ignore_index, label_smoothing, z_loss, chunk_tokens or 0)
