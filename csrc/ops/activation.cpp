@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "ops/bias.h"
+#include "ops/derivative.h"
 #include "ops/fresh.h"
 
 namespace ds::ops {
@@ -52,15 +53,16 @@ Tensor bias_act_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::stri
   return y;
 }
 
-std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& bias_in,
-                                                 std::string_view act) {
+// In place: dx is grad_in.
+std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act,
+                                        bool in_place) {
   const Tensor bias = value_or_undefined(bias_in);
   check(x_in, bias);
   check_like(grad_in, "grad", x_in, "x");
   const auto activation = activation_named(act);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
-  Tensor dx = at::empty(x.sizes(), x.options());
-  const bool past_caches = is_past_caches(dx);
+  Tensor dx = in_place ? taken(grad_in, "grad", {x}) : at::empty(x.sizes(), x.options());
+  const bool past_caches = !in_place && is_past_caches(dx);
   const Rows shape = rows_of(x, bias);
   const DType dtype = to_dtype(x.scalar_type());
   const auto *dy = static_cast<const char*>(grad.const_data_ptr()), *from = static_cast<const char*>(x.const_data_ptr());
@@ -82,6 +84,16 @@ std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const Te
   return {dx, sums.join(bias)};
 }
 
+std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  return backward_cpu(grad, x, bias, act, false);
+}
+
+Tensor bias_act_backward_cpu_(Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  Tensor dbias = std::get<1>(backward_cpu(grad, x, bias, act, true));
+  mark_written(grad);
+  return dbias;
+}
+
 #ifdef DS_WITH_CUDA
 Tensor bias_act_cuda(const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act) {
   const Tensor bias_any = value_or_undefined(bias_in);
@@ -97,15 +109,15 @@ Tensor bias_act_cuda(const Tensor& x_in, const OptionalTensor& bias_in, std::str
   return y;
 }
 
-std::tuple<Tensor, Tensor> bias_act_backward_cuda(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& bias_in,
-                                                  std::string_view act) {
+std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act,
+                                         bool in_place) {
   const Tensor bias_any = value_or_undefined(bias_in);
   check(x_in, bias_any);
   check_like(grad_in, "grad", x_in, "x");
   const auto activation = activation_named(act);
   const OnGpu gpu(x_in);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous(), bias = bias_any.defined() ? bias_any.contiguous() : bias_any;
-  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dx = in_place ? taken(grad_in, "grad", {x}) : at::empty(x.sizes(), x.options());
   const Rows shape = rows_of(x, bias);
   Tensor dbias = bias.defined() ? at::empty(bias.sizes(), bias.options()) : no_gradient(x);
   Tensor workspace;
@@ -114,6 +126,16 @@ std::tuple<Tensor, Tensor> bias_act_backward_cuda(const Tensor& grad_in, const T
   kernels::bias_act_backward(activation, to_dtype(x.scalar_type()), data(grad), data(x), data(bias), bias_dtype, mutable_data(dx),
                              bias.defined() ? mutable_data(dbias) : nullptr, shape.rows, shape.cols, mutable_data(workspace), gpu.stream());
   return {dx, dbias};
+}
+
+std::tuple<Tensor, Tensor> bias_act_backward_cuda(const Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  return backward_cuda(grad, x, bias, act, false);
+}
+
+Tensor bias_act_backward_cuda_(Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  Tensor dbias = std::get<1>(backward_cuda(grad, x, bias, act, true));
+  mark_written(grad);
+  return dbias;
 }
 #endif
 
@@ -127,8 +149,13 @@ std::tuple<Tensor, Tensor> bias_act_backward_meta(const Tensor& grad, const Tens
   return {at::empty_symint(x.sym_sizes(), x.options()), dbias};
 }
 
+Tensor bias_act_backward_meta_(Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  return bias.has_value() ? at::empty_symint(bias->sym_sizes(), bias->options()) : no_gradient(x);
+}
+
 using Forward = Tensor(const Tensor&, const OptionalTensor&, std::string_view);
 using Backward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view);
+using BackwardInPlace = Tensor(Tensor&, const Tensor&, const OptionalTensor&, std::string_view);
 
 struct BiasAct : torch::autograd::Function<BiasAct> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, const std::string& act) {
@@ -138,13 +165,17 @@ struct BiasAct : torch::autograd::Function<BiasAct> {
     ctx->saved_data["act"] = act;
     return op.call(x, bias, act);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
     static const auto op = find_op<Backward>("deepspeed::bias_act_backward");
+    static const auto in_place = find_op<BackwardInPlace>("deepspeed::bias_act_backward_");
     const auto saved = ctx->get_saved_variables();
-    const bool has_bias = saved[1].defined();
-    const auto [dx, dbias] = op.call(grads[0], saved[0], has_bias ? OptionalTensor(saved[1]) : std::nullopt,
-                                     ctx->saved_data["act"].toStringRef());
-    return {dx, has_bias ? dbias : Tensor(), Tensor()};
+    const bool take = may_take(grads[0], saved[0]);
+    const OptionalTensor bias = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    const auto& act = ctx->saved_data["act"].toStringRef();
+    Tensor dx = grads[0], dbias;
+    if (take) dbias = in_place.call(dx, saved[0], bias, act);
+    else std::tie(dx, dbias) = op.call(dx, saved[0], bias, act);
+    return {dx, bias.has_value() ? dbias : Tensor(), Tensor()};
   }
 };
 
@@ -157,24 +188,29 @@ Tensor bias_act_autograd(const Tensor& x, const OptionalTensor& bias, std::strin
 TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
   m.def("bias_act(Tensor x, Tensor? bias, str act) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("bias_act_backward(Tensor grad, Tensor x, Tensor? bias, str act) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def("bias_act_backward_(Tensor(a!) grad, Tensor x, Tensor? bias, str act) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
   m.impl("bias_act", bias_act_cpu);
   m.impl("bias_act_backward", bias_act_backward_cpu);
+  m.impl("bias_act_backward_", bias_act_backward_cpu_);
 }
 #ifdef DS_WITH_CUDA
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
   m.impl("bias_act", bias_act_cuda);
   m.impl("bias_act_backward", bias_act_backward_cuda);
+  m.impl("bias_act_backward_", bias_act_backward_cuda_);
 }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   m.impl("bias_act", bias_act_meta);
   m.impl("bias_act_backward", bias_act_backward_meta);
+  m.impl("bias_act_backward_", bias_act_backward_meta_);
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
   m.impl("bias_act", bias_act_autograd);
   m.impl("bias_act_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("bias_act_backward_", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace ds::ops

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -91,11 +90,6 @@ inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& t) { retur
 // Says that a kernel has written into the tensor: autograd then notices if it had saved the old values.
 inline void mark_written(const at::Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-}
-
-// Nobody but the caller sees t's memory, so a result may take its place: torch asks the same before it accumulates gradients in place.
-inline bool is_owned(const at::Tensor& t) {
-  return t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 && t.is_non_overlapping_and_dense() && !at::isTensorSubclassLike(t);
 }
 
 inline int64_t chunks_of(int64_t n, int64_t chunk) { return (n + chunk - 1) / chunk; }

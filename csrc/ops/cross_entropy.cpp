@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 #include "ops/fresh.h"
 
 namespace ds::ops {
@@ -131,13 +132,13 @@ at::Tensor backward_meta(const at::Tensor&, const at::Tensor& logits, const at::
 void in_place_meta(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, double, double) {}
 
 Two call_forward(const at::Tensor& logits, const at::Tensor& labels, int64_t ignored, double smoothing, double z_loss) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::cross_entropy", "").typed<decltype(forward)>();
+  static const auto op = find_op<decltype(forward)>("deepspeed::cross_entropy");
   return op.call(logits, labels, ignored, smoothing, z_loss);
 }
 
 at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& stats, int64_t ignored,
                          double smoothing, double z_loss) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::cross_entropy_backward", "").typed<decltype(backward)>();
+  static const auto op = find_op<decltype(backward)>("deepspeed::cross_entropy_backward");
   return op.call(grad, logits, labels, stats, ignored, smoothing, z_loss);
 }
 

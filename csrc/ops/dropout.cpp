@@ -11,8 +11,8 @@
 #include <tuple>
 
 #include "kernels/dropout/dropout.h"
-#include "ops/activation.h"
 #include "ops/bias.h"
+#include "ops/derivative.h"
 #include "ops/fresh.h"
 
 #ifdef DS_WITH_CUDA

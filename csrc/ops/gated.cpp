@@ -11,6 +11,7 @@
 
 #include "ops/activation.h"
 #include "ops/bias.h"
+#include "ops/derivative.h"
 
 namespace ds::ops {
 namespace {
@@ -61,18 +62,30 @@ Tensor gated_cpu(const Tensor& gate_in, const Tensor& up_in, std::string_view ac
   return y;
 }
 
-Pair gated_backward_cpu(const Tensor& grad_in, const Tensor& gate_in, const Tensor& up_in, std::string_view act) {
+// In place: dgate is grad_in.
+Pair backward_cpu(const Tensor& grad_in, const Tensor& gate_in, const Tensor& up_in, std::string_view act, bool in_place) {
   check_two(gate_in, up_in);
   check_like(grad_in, "grad", gate_in, "gate");
   const auto activation = activation_named(act);
   const Tensor gate = gate_in.contiguous(), up = up_in.contiguous(), grad = grad_in.contiguous();
-  Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
+  Tensor dgate = in_place ? taken(grad_in, "grad", {gate, up}) : at::empty(gate.sizes(), gate.options());
+  Tensor dup = at::empty(gate.sizes(), gate.options());
   const Elements at(gate);
   for_chunks(gate.numel(), kChunkElements, [&](int64_t, int64_t begin, int64_t end) {
     kernels::gated_backward(activation, to_dtype(gate.scalar_type()), {at(gate, begin), at(up, begin), 0, nullptr, nullptr}, at(grad, begin),
                             {at.write(dgate, begin), at.write(dup, begin), 0, nullptr, nullptr}, 1, end - begin);
   });
   return {dgate, dup};
+}
+
+Pair gated_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
+  return backward_cpu(grad, gate, up, act, false);
+}
+
+Tensor gated_backward_cpu_(Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
+  Tensor dup = std::get<1>(backward_cpu(grad, gate, up, act, true));
+  mark_written(grad);
+  return dup;
 }
 
 Tensor gated_halves_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act) {
@@ -132,16 +145,27 @@ Tensor gated_cuda(const Tensor& gate_in, const Tensor& up_in, std::string_view a
   return y;
 }
 
-Pair gated_backward_cuda(const Tensor& grad_in, const Tensor& gate_in, const Tensor& up_in, std::string_view act) {
+Pair backward_cuda(const Tensor& grad_in, const Tensor& gate_in, const Tensor& up_in, std::string_view act, bool in_place) {
   check_two(gate_in, up_in);
   check_like(grad_in, "grad", gate_in, "gate");
   const auto activation = activation_named(act);
   const OnGpu gpu(gate_in);
   const Tensor gate = gate_in.contiguous(), up = up_in.contiguous(), grad = grad_in.contiguous();
-  Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
+  Tensor dgate = in_place ? taken(grad_in, "grad", {gate, up}) : at::empty(gate.sizes(), gate.options());
+  Tensor dup = at::empty(gate.sizes(), gate.options());
   kernels::gated_backward(activation, to_dtype(gate.scalar_type()), {data(gate), data(up), gate.numel(), nullptr, DType::F32}, data(grad),
                           mutable_data(dgate), mutable_data(dup), gate.numel(), nullptr, 1, gate.numel(), nullptr, gpu.stream());
   return {dgate, dup};
+}
+
+Pair gated_backward_cuda(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
+  return backward_cuda(grad, gate, up, act, false);
+}
+
+Tensor gated_backward_cuda_(Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
+  Tensor dup = std::get<1>(backward_cuda(grad, gate, up, act, true));
+  mark_written(grad);
+  return dup;
 }
 
 kernels::CudaGatedInput halves_of(const Tensor& x, const Tensor& bias, const Rows& shape) {
@@ -192,6 +216,10 @@ Pair gated_backward_meta(const Tensor& grad, const Tensor& gate, const Tensor& u
   return {at::empty_symint(gate.sym_sizes(), gate.options()), at::empty_symint(gate.sym_sizes(), gate.options())};
 }
 
+Tensor gated_backward_meta_(Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
+  return at::empty_symint(gate.sym_sizes(), gate.options());
+}
+
 Tensor gated_halves_meta(const Tensor& x, const OptionalTensor& bias, std::string_view act) {
   activation_named(act);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.sym_size(-1) % 2 == 0, "x: its last dimension must hold two halves, its shape is ", x.sym_sizes());
@@ -207,6 +235,7 @@ Pair gated_halves_backward_meta(const Tensor& grad, const Tensor& x, const Optio
 
 using Forward = Tensor(const Tensor&, const Tensor&, std::string_view);
 using Backward = Pair(const Tensor&, const Tensor&, const Tensor&, std::string_view);
+using BackwardInPlace = Tensor(Tensor&, const Tensor&, const Tensor&, std::string_view);
 using HalvesForward = Tensor(const Tensor&, const OptionalTensor&, std::string_view);
 using HalvesBackward = Pair(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view);
 using torch::autograd::AutogradContext;
@@ -220,10 +249,15 @@ struct GatedFunction : torch::autograd::Function<GatedFunction> {
     ctx->saved_data["act"] = act;
     return op.call(gate, up, act);
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<Backward>("deepspeed::gated_backward");
+    static const auto in_place = find_op<BackwardInPlace>("deepspeed::gated_backward_");
     const auto saved = ctx->get_saved_variables();
-    const auto [dgate, dup] = op.call(grads[0], saved[0], saved[1], ctx->saved_data["act"].toStringRef());
+    const bool take = may_take(grads[0], saved[0]);
+    const auto& act = ctx->saved_data["act"].toStringRef();
+    Tensor dgate = grads[0], dup;
+    if (take) dup = in_place.call(dgate, saved[0], saved[1], act);
+    else std::tie(dgate, dup) = op.call(dgate, saved[0], saved[1], act);
     return {dgate, dup, Tensor()};
   }
 };
@@ -236,7 +270,7 @@ struct GatedHalvesFunction : torch::autograd::Function<GatedHalvesFunction> {
     ctx->saved_data["act"] = act;
     return op.call(x, bias, act);
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<HalvesBackward>("deepspeed::gated_halves_backward");
     const auto saved = ctx->get_saved_variables();
     const bool has_bias = saved[1].defined();
@@ -256,12 +290,14 @@ Tensor gated_halves_autograd(const Tensor& x, const OptionalTensor& bias, std::s
 TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
   m.def("gated(Tensor gate, Tensor up, str act) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("gated_backward(Tensor grad, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def("gated_backward_(Tensor(a!) grad, Tensor gate, Tensor up, str act) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("gated_halves(Tensor x, Tensor? bias, str act) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("gated_halves_backward(Tensor grad, Tensor x, Tensor? bias, str act) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
   m.impl("gated", gated_cpu);
   m.impl("gated_backward", gated_backward_cpu);
+  m.impl("gated_backward_", gated_backward_cpu_);
   m.impl("gated_halves", gated_halves_cpu);
   m.impl("gated_halves_backward", gated_halves_backward_cpu);
 }
@@ -269,6 +305,7 @@ TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
   m.impl("gated", gated_cuda);
   m.impl("gated_backward", gated_backward_cuda);
+  m.impl("gated_backward_", gated_backward_cuda_);
   m.impl("gated_halves", gated_halves_cuda);
   m.impl("gated_halves_backward", gated_halves_backward_cuda);
 }
@@ -276,6 +313,7 @@ TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   m.impl("gated", gated_meta);
   m.impl("gated_backward", gated_backward_meta);
+  m.impl("gated_backward_", gated_backward_meta_);
   m.impl("gated_halves", gated_halves_meta);
   m.impl("gated_halves_backward", gated_halves_backward_meta);
 }
@@ -283,6 +321,7 @@ TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
   m.impl("gated", gated_autograd);
   m.impl("gated_halves", gated_halves_autograd);
   m.impl("gated_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gated_backward_", torch::autograd::autogradNotImplementedFallback());
   m.impl("gated_halves_backward", torch::autograd::autogradNotImplementedFallback());
 }
 

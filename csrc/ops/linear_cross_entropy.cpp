@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 #include "ops/cross_entropy.h"
 #include "ops/fresh.h"
 
@@ -167,7 +168,7 @@ Four chunks_meta(const at::Tensor& hidden, const at::Tensor& weight, const Optio
 Four call_chunks(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& labels,
                  const OptionalTensor& row_weights, int64_t reduction, int64_t ignored, double smoothing, double z_loss, int64_t chunk_tokens,
                  std::array<bool, 3> needs) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::linear_cross_entropy_chunks", "").typed<decltype(chunks)>();
+  static const auto op = find_op<decltype(chunks)>("deepspeed::linear_cross_entropy_chunks");
   return op.call(hidden, weight, bias, labels, row_weights, reduction, ignored, smoothing, z_loss, chunk_tokens, needs);
 }
 
@@ -191,7 +192,7 @@ void scale_unless_one(at::Tensor& x, const at::Tensor& factor) {
 void scale_unless_one_meta(at::Tensor&, const at::Tensor&) {}
 
 void call_scale(at::Tensor& x, const at::Tensor& factor) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::scale_unless_one_", "").typed<decltype(scale_unless_one)>();
+  static const auto op = find_op<decltype(scale_unless_one)>("deepspeed::scale_unless_one_");
   op.call(x, factor);
 }
 

@@ -10,6 +10,7 @@
 
 #include "kernels/reduce/reduce.h"
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 #include "ops/fresh.h"
 
 namespace ds::ops {
@@ -142,11 +143,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(const NormGradI
   const at::Tensor dh = in.dh.defined() ? in.dh.contiguous() : at::Tensor(), rstd = in.rstd.contiguous();
   const at::Tensor weight = widened(in.weight, in.weight_offset);
   const int64_t rows = rows_of(h), columns = h.size(-1);
-  const at::Tensor dx = at::empty(h.sizes(), h.options());
+  const at::Tensor dx = in.in_place ? taken(in.dy, "dy", {h, dh, weight, mean, rstd}) : at::empty(h.sizes(), h.options());
   const auto parameters = h.options().dtype(in.parameter_dtype.value_or(at::kFloat));
   const bool wanted = in.parameter_dtype.has_value(), layer = in.norm == Norm::Layer;
   const kernels::NormBackward arguments{in.norm, to_dtype(h.scalar_type()), columns, data(dy), data(dh), data(h), floats(weight),
-                                        floats(mean), floats(rstd), mutable_data(dx), is_past_caches(dx)};
+                                        floats(mean), floats(rstd), mutable_data(dx), !in.in_place && is_past_caches(dx)};
   if (rows == 0) {
     const at::Tensor none = at::zeros({wanted ? columns : 0}, parameters);
     return {dx, none, layer ? none.clone() : at::Tensor()};

@@ -28,12 +28,14 @@ struct NormInputs {
 };
 Normed norm_forward_cpu(const NormInputs& in);
 
-// dh may be undefined. parameter_dtype: of dweight (and dbias); absent: they are not wanted and come back with no elements.
+// dh may be undefined. parameter_dtype: of dweight (and dbias); absent: they are not wanted and come back with no elements. in_place: dx
+// takes the memory of dy.
 struct NormGradInputs {
   kernels::Norm norm;
   at::Tensor dy, dh, h, weight, mean, rstd;
   double weight_offset;
   std::optional<at::ScalarType> parameter_dtype;
+  bool in_place = false;
 };
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(const NormGradInputs& in);
 

@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 #include "ops/norm.h"
 
 namespace ds::ops {
@@ -49,14 +50,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cuda(const NormGrad
   const bool layer = in.norm == Norm::Layer;
   const at::Tensor dy = in.dy.contiguous(), h = in.h.contiguous(), dh = contiguous_or_undefined(in.dh);
   const at::Tensor mean = layer ? in.mean.contiguous() : at::Tensor(), rstd = in.rstd.contiguous();
-  const at::Tensor weight = contiguous_or_undefined(in.weight), dx = at::empty(h.sizes(), h.options());
+  const at::Tensor weight = contiguous_or_undefined(in.weight);
+  const at::Tensor dx = in.in_place ? taken(in.dy, "dy", {h, dh, weight, mean, rstd}) : at::empty(h.sizes(), h.options());
   const int64_t rows = rows_of(h), columns = h.size(-1);
   const kernels::NormBackward arguments{in.norm, to_dtype(h.scalar_type()), columns, data(dy), data(dh), data(h), nullptr,
                                         floats(mean), floats(rstd), mutable_data(dx)};
-  kernels::norm_backward(arguments, parameters_of(weight, at::Tensor(), in.weight_offset), rows, gpu.stream());
   const auto options = h.options().dtype(in.parameter_dtype.value_or(at::kFloat));
   const bool wanted = in.parameter_dtype.has_value();
+  const auto write_dx = [&] {
+    kernels::norm_backward(arguments, parameters_of(weight, at::Tensor(), in.weight_offset), rows, gpu.stream());
+  };
   if (!wanted || rows == 0) {
+    write_dx();
     const at::Tensor none = at::zeros({wanted ? columns : 0}, options);
     return {dx, none, layer ? none.clone() : at::Tensor()};
   }
@@ -64,6 +69,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cuda(const NormGrad
   const at::Tensor sums = at::empty({columns * (layer ? 2 : 1)}, options);
   kernels::norm_parameter_gradients(arguments, rows, mutable_data(sums), to_dtype(*in.parameter_dtype), mutable_data(workspace),
                                     gpu.stream());
+  write_dx();  // last: dx may lie where dy is read
   if (!layer) return {dx, sums, at::Tensor()};
   // Outputs of an operator may not share memory.
   return {dx, sums.narrow(0, 0, columns).clone(), sums.narrow(0, columns, columns).clone()};

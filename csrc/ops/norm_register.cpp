@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The norms' schemas, what each device runs, the sizes that torch.compile needs, and their derivatives.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 #include "ops/norm.h"
 
 namespace ds::ops {
@@ -65,6 +65,25 @@ Two rms_norm_backward(const Tensor& dy, const Maybe& dh, const Tensor& h, const 
   return {std::get<0>(all), std::get<1>(all)};
 }
 
+// dx takes the memory of dy.
+template <Backward kBackward>
+Two layer_norm_backward_(Tensor& dy, const Maybe& dh, const Tensor& h, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
+                         Dtype parameter_dtype) {
+  const Three all =
+      kBackward({Norm::Layer, dy, value_or_undefined(dh), h, value_or_undefined(weight), mean, rstd, 0.0, parameter_dtype, true});
+  mark_written(dy);
+  return {std::get<1>(all), std::get<2>(all)};
+}
+
+template <Backward kBackward>
+Tensor rms_norm_backward_(Tensor& dy, const Maybe& dh, const Tensor& h, const Maybe& weight, const Tensor& rstd, double weight_offset,
+                          Dtype parameter_dtype) {
+  const Three all = kBackward({Norm::Rms, dy, value_or_undefined(dh), h, value_or_undefined(weight), Tensor(), rstd, weight_offset,
+                               parameter_dtype, true});
+  mark_written(dy);
+  return std::get<1>(all);
+}
+
 // ---- sizes ---------------------------------------------------------------------------------------------------------
 
 Normed norm_forward_meta(const NormInputs& in) {
@@ -98,17 +117,14 @@ using LayerNormBackward = Three(const Tensor&, const Maybe&, const Tensor&, cons
 using RmsNorm = Two(const Tensor&, const Maybe&, double, double);
 using RmsNormResidual = Three(const Tensor&, const Tensor&, const Maybe&, double, double);
 using RmsNormBackward = Two(const Tensor&, const Maybe&, const Tensor&, const Maybe&, const Tensor&, double, Dtype);
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
+using LayerNormBackwardInPlace = Two(Tensor&, const Maybe&, const Tensor&, const Maybe&, const Tensor&, const Tensor&, Dtype);
+using RmsNormBackwardInPlace = Tensor(Tensor&, const Maybe&, const Tensor&, const Maybe&, const Tensor&, double, Dtype);
 
 Normed call_forward(const Tensor& x, const Maybe& residual, const Maybe& weight, const Maybe& bias, Norm norm, double eps, double offset) {
-  static const auto layer = find<LayerNorm>("deepspeed::layer_norm");
-  static const auto layer_residual = find<LayerNormResidual>("deepspeed::layer_norm_residual");
-  static const auto rms = find<RmsNorm>("deepspeed::rms_norm");
-  static const auto rms_residual = find<RmsNormResidual>("deepspeed::rms_norm_residual");
+  static const auto layer = find_op<LayerNorm>("deepspeed::layer_norm");
+  static const auto layer_residual = find_op<LayerNormResidual>("deepspeed::layer_norm_residual");
+  static const auto rms = find_op<RmsNorm>("deepspeed::rms_norm");
+  static const auto rms_residual = find_op<RmsNormResidual>("deepspeed::rms_norm_residual");
   Normed out;
   if (norm == Norm::Layer && residual.has_value()) {
     std::tie(out.y, out.h, out.mean, out.rstd) = layer_residual.call(x, *residual, weight, bias, eps);
@@ -123,12 +139,21 @@ Normed call_forward(const Tensor& x, const Maybe& residual, const Maybe& weight,
 }
 
 Three call_backward(const NormGradInputs& in) {
-  static const auto layer = find<LayerNormBackward>("deepspeed::layer_norm_backward");
-  static const auto rms = find<RmsNormBackward>("deepspeed::rms_norm_backward");
+  static const auto layer = find_op<LayerNormBackward>("deepspeed::layer_norm_backward");
+  static const auto layer_ = find_op<LayerNormBackwardInPlace>("deepspeed::layer_norm_backward_");
+  static const auto rms = find_op<RmsNormBackward>("deepspeed::rms_norm_backward");
+  static const auto rms_ = find_op<RmsNormBackwardInPlace>("deepspeed::rms_norm_backward_");
   const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : std::nullopt; };
-  if (in.norm == Norm::Layer) return layer.call(in.dy, maybe(in.dh), in.h, maybe(in.weight), in.mean, in.rstd, in.parameter_dtype);
-  const Two out = rms.call(in.dy, maybe(in.dh), in.h, maybe(in.weight), in.rstd, in.weight_offset, in.parameter_dtype);
-  return {std::get<0>(out), std::get<1>(out), Tensor()};
+  const Maybe dh = maybe(in.dh), weight = maybe(in.weight);
+  Tensor dx = in.dy, dweight, dbias;
+  if (in.norm == Norm::Layer) {
+    if (in.in_place) std::tie(dweight, dbias) = layer_.call(dx, dh, in.h, weight, in.mean, in.rstd, in.parameter_dtype);
+    else std::tie(dx, dweight, dbias) = layer.call(dx, dh, in.h, weight, in.mean, in.rstd, in.parameter_dtype);
+  } else {
+    if (in.in_place) dweight = rms_.call(dx, dh, in.h, weight, in.rstd, in.weight_offset, in.parameter_dtype);
+    else std::tie(dx, dweight) = rms.call(dx, dh, in.h, weight, in.rstd, in.weight_offset, in.parameter_dtype);
+  }
+  return {dx, dweight, dbias};
 }
 
 // Saves what was normalised (without a residual that is x, which costs nothing) and two floats a row.
@@ -166,7 +191,8 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     auto& saved = context->saved_data;
     const variable_list tensors = context->get_saved_variables();
     const bool has_residual = saved["residual"].toBool();
-    const Tensor dy = grads[0], dh = has_residual ? grads[1] : Tensor();
+    const Tensor& dy = grads[0];
+    const Tensor dh = has_residual ? grads[1] : Tensor();
     variable_list result(kArguments);
     if (!dy.defined()) {  // only h was used
       result[0] = dh;
@@ -177,8 +203,9 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     Dtype dtype;
     if (weight_trains || bias_trains) dtype = static_cast<at::ScalarType>(saved["dtype"].toInt());
     const Norm norm = saved["layer"].toBool() ? Norm::Layer : Norm::Rms;
+    const bool in_place = may_take(dy, tensors[0]);  // before dy is copied
     const Three all =
-        call_backward({norm, dy, dh, tensors[0], tensors[1], tensors[2], tensors[3], saved["offset"].toDouble(), dtype});
+        call_backward({norm, dy, dh, tensors[0], tensors[1], tensors[2], tensors[3], saved["offset"].toDouble(), dtype, in_place});
     result[0] = std::get<0>(all);
     if (has_residual) result[1] = std::get<0>(all);
     if (weight_trains) result[2] = std::get<1>(all);
@@ -251,9 +278,11 @@ void implement(torch::Library& m) {
   m.impl("layer_norm", &layer_norm<kForward>);
   m.impl("layer_norm_residual", &layer_norm_residual<kForward>);
   m.impl("layer_norm_backward", &layer_norm_backward<kBackward>);
+  m.impl("layer_norm_backward_", &layer_norm_backward_<kBackward>);
   m.impl("rms_norm", &rms_norm<kForward>);
   m.impl("rms_norm_residual", &rms_norm_residual<kForward>);
   m.impl("rms_norm_backward", &rms_norm_backward<kBackward>);
+  m.impl("rms_norm_backward_", &rms_norm_backward_<kBackward>);
 }
 
 }  // namespace
@@ -264,11 +293,15 @@ TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
         "-> (Tensor y, Tensor h, Tensor mean, Tensor rstd)");
   m.def("layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, ScalarType? parameter_dtype) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("layer_norm_backward_(Tensor(a!) dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, ScalarType? parameter_dtype) "
+        "-> (Tensor dweight, Tensor dbias)");
   m.def("rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset=0.0) -> (Tensor y, Tensor rstd)");
   m.def("rms_norm_residual(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset=0.0) "
         "-> (Tensor y, Tensor h, Tensor rstd)");
   m.def("rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float weight_offset, ScalarType? parameter_dtype) "
         "-> (Tensor dx, Tensor dweight)");
+  m.def("rms_norm_backward_(Tensor(a!) dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float weight_offset, "
+        "ScalarType? parameter_dtype) -> Tensor dweight");
 }
 
 TORCH_LIBRARY_IMPL(deepspeed, CPU, m) { implement<norm_forward_cpu, norm_backward_cpu>(m); }

@@ -9,6 +9,7 @@
 
 #include "kernels/quantize/quantize.h"
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 #include "ops/fresh.h"
 
 namespace ds::ops {
@@ -310,7 +311,7 @@ class StraightThrough : public torch::autograd::Function<StraightThrough> {
   static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x, std::string format, int64_t group_size, bool symmetric,
                             bool stochastic, int64_t seed, int64_t offset) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::fake_quantize", "").typed<decltype(fake_quantize)>();
+    static const auto op = find_op<decltype(fake_quantize)>("deepspeed::fake_quantize");
     return op.call(x, format, group_size, symmetric, stochastic, seed, offset);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {

@@ -2,6 +2,7 @@
 // deepspeed::rope: rotary position embedding of queries and keys together. Its gradient is the operator itself with `inverse` turned round.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -9,8 +10,8 @@
 #include <tuple>
 
 #include "kernels/rope/rope.h"
-#include "ops/activation.h"
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 
 namespace ds::ops {
 namespace {
@@ -98,6 +99,15 @@ kernels::RopeTensor tensor_of(const Tensor& in, Tensor& out, const Style& style)
           out.stride(head)};
 }
 
+// Whether the kernels can overwrite x: any strides will do, but for rows in pieces and elements at one place.
+bool is_writable(const Tensor& x) { return x.is_non_overlapping_and_dense() && (x.size(-1) <= 1 || x.stride(-1) == 1); }
+
+void check_in_place(const Tensor& q, const Tensor& k) {
+  TORCH_CHECK_VALUE(is_writable(q), "q must be dense, its last dimension contiguous, to be overwritten; its strides are ", q.strides());
+  TORCH_CHECK_VALUE(is_writable(k), "k must be dense, its last dimension contiguous, to be overwritten; its strides are ", k.strides());
+  TORCH_CHECK_VALUE(at::get_overlap_status(q, k) == at::MemOverlapStatus::No, "k overlaps q: they cannot be overwritten");
+}
+
 // What CPU and CUDA do before their kernels.
 struct Call {
   Tensor q, k, cos, sin, positions, q_out, k_out;
@@ -106,21 +116,20 @@ struct Call {
   std::array<kernels::RopeTensor, 2> tensors;
 
   Call(const Tensor& q_in, const Tensor& k_in, const Tensor& cos_in, const Tensor& sin_in, const OptionalTensor& positions_in,
-       int64_t rotary_dim, const Style& style) {
+       int64_t rotary_dim, const Style& style, bool in_place) {
     check_tensors(q_in, k_in, style);
     q = with_rows(q_in), k = with_rows(k_in), cos = cos_in.contiguous(), sin = sin_in.contiguous();
     if (positions_in.has_value()) positions = positions_in->contiguous();
     const Dims dims = dims_of(q, style);
     tables = tables_of(cos, sin, positions, dims, q);
     shape = shape_of(dims, rotary_dim, tables.width, style);
-    q_out = output_for(q_in), k_out = output_for(k_in);
+    if (in_place) check_in_place(q_in, k_in);
+    q_out = in_place ? q : output_for(q_in), k_out = in_place ? k : output_for(k_in);
     tensors = {tensor_of(q, q_out, style), tensor_of(k, k_out, style)};
   }
 };
 
-QK rope_cpu(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions, int64_t rotary_dim,
-            bool interleaved, bool heads_first, bool inverse) {
-  Call call(q, k, cos, sin, positions, rotary_dim, {interleaved, heads_first, inverse});
+void run_cpu(const Call& call) {
   const auto& tables = call.tables;
   for (int64_t i = 0; tables.positions != nullptr && i < call.positions.numel(); ++i) {
     TORCH_CHECK_VALUE(tables.positions[i] >= 0 && tables.positions[i] < tables.rows, "positions: ", tables.positions[i],
@@ -131,18 +140,30 @@ QK rope_cpu(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& s
   for_chunks(tokens, std::max<int64_t>(1, 32768 / token_elements), [&](int64_t, int64_t begin, int64_t end) {
     kernels::rope(to_dtype(call.q.scalar_type()), call.shape, tables, call.tensors.data(), 2, begin, end);
   });
-  return {call.q_out, call.k_out};
 }
 
 #ifdef DS_WITH_CUDA
-QK rope_cuda(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions, int64_t rotary_dim,
-             bool interleaved, bool heads_first, bool inverse) {
-  const OnGpu gpu(q);
-  Call call(q, k, cos, sin, positions, rotary_dim, {interleaved, heads_first, inverse});
+void run_cuda(const Call& call) {
+  const OnGpu gpu(call.q);
   kernels::rope(to_dtype(call.q.scalar_type()), call.shape, call.tables, call.tensors.data(), 2, gpu.stream());
-  return {call.q_out, call.k_out};
 }
 #endif
+
+template <void (*kRun)(const Call&)>
+QK rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions, int64_t rotary_dim,
+        bool interleaved, bool heads_first, bool inverse) {
+  const Call call(q, k, cos, sin, positions, rotary_dim, {interleaved, heads_first, inverse}, false);
+  kRun(call);
+  return {call.q_out, call.k_out};
+}
+
+template <void (*kRun)(const Call&)>
+void rope_(Tensor& q, Tensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions, int64_t rotary_dim, bool interleaved,
+           bool heads_first, bool inverse) {
+  kRun(Call(q, k, cos, sin, positions, rotary_dim, {interleaved, heads_first, inverse}, true));
+  mark_written(q);
+  mark_written(k);
+}
 
 QK rope_meta(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions, int64_t rotary_dim,
              bool interleaved, bool heads_first, bool inverse) {
@@ -151,6 +172,10 @@ QK rope_meta(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& 
   return {output_for(q), output_for(k)};
 }
 
+void rope_meta_(Tensor& q, Tensor& k, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions, int64_t rotary_dim,
+                bool interleaved, bool heads_first, bool inverse) {}
+
+using InPlace = void(Tensor&, Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool, bool, bool);
 using Signature = QK(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool, bool, bool);
 
 struct Rope : torch::autograd::Function<Rope> {
@@ -167,12 +192,19 @@ struct Rope : torch::autograd::Function<Rope> {
     auto [q_out, k_out] = op.call(q, k, cos, sin, positions, rotary_dim, interleaved, heads_first, inverse);
     return {q_out, k_out};
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
     static const auto op = find_op<Signature>("deepspeed::rope");
+    static const auto in_place = find_op<InPlace>("deepspeed::rope_");
     const auto saved = ctx->get_saved_variables();
-    const auto [dq, dk] = op.call(grads[0], grads[1], saved[0], saved[1], saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt,
-                                  ctx->saved_data["rotary_dim"].toInt(), ctx->saved_data["interleaved"].toBool(),
-                                  ctx->saved_data["heads_first"].toBool(), !ctx->saved_data["inverse"].toBool());
+    const OptionalTensor positions = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const int64_t rotary_dim = ctx->saved_data["rotary_dim"].toInt();
+    const bool interleaved = ctx->saved_data["interleaved"].toBool(), heads_first = ctx->saved_data["heads_first"].toBool(),
+               inverse = !ctx->saved_data["inverse"].toBool();
+    const auto is_free = [](const Tensor& grad) { return may_take(grad) && is_writable(grad); };
+    const bool take = is_free(grads[0]) && is_free(grads[1]);
+    Tensor dq = grads[0], dk = grads[1];
+    if (take) in_place.call(dq, dk, saved[0], saved[1], positions, rotary_dim, interleaved, heads_first, inverse);
+    else std::tie(dq, dk) = op.call(dq, dk, saved[0], saved[1], positions, rotary_dim, interleaved, heads_first, inverse);
     return {dq, dk, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -189,12 +221,26 @@ QK rope_autograd(const Tensor& q, const Tensor& k, const Tensor& cos, const Tens
 TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
   m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, int rotary_dim, bool interleaved, bool heads_first, "
         "bool inverse) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def("rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions, int rotary_dim, bool interleaved, bool heads_first, "
+        "bool inverse) -> ()", {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deepspeed, CPU, m) { m.impl("rope", rope_cpu); }
+TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
+  m.impl("rope", rope<run_cpu>);
+  m.impl("rope_", rope_<run_cpu>);
+}
 #ifdef DS_WITH_CUDA
-TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) { m.impl("rope", rope_cuda); }
+TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
+  m.impl("rope", rope<run_cuda>);
+  m.impl("rope_", rope_<run_cuda>);
+}
 #endif
-TORCH_LIBRARY_IMPL(deepspeed, Meta, m) { m.impl("rope", rope_meta); }
-TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("rope", rope_autograd); }
+TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
+  m.impl("rope", rope_meta);
+  m.impl("rope_", rope_meta_);
+}
+TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
+  m.impl("rope", rope_autograd);
+  m.impl("rope_", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace ds::ops

@@ -2,12 +2,12 @@
 // deepspeed::scaled_masked_softmax and its backward: tensors to rows and masks seen through strides.
 #include "kernels/softmax/softmax.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "ops/arguments.h"
+#include "ops/derivative.h"
 #include "ops/fresh.h"
 
 namespace ds::ops {
@@ -110,11 +110,9 @@ struct Backward {
   // in_place: dx takes the gradient's memory. An element is read before it is written.
   Backward(const at::Tensor& grad_, const at::Tensor& y_, double scale, bool causal, bool in_place) : s(rows_of(y_, "y", scale, causal)) {
     check_like(grad_, "grad", y_, "y");
-    TORCH_CHECK_VALUE(!in_place || grad_.is_contiguous(), "grad must be contiguous to be overwritten");
-    grad = grad_.contiguous();
     y = y_.contiguous();
-    TORCH_CHECK_VALUE(!in_place || at::get_overlap_status(grad, y) == at::MemOverlapStatus::No, "grad and y must not overlap");
-    dx = in_place ? grad : fresh_like(y);
+    dx = in_place ? taken(grad_, "grad", {y}) : fresh_like(y);
+    grad = grad_.contiguous();
     s.past_caches = !in_place && is_past_caches(dx);
     s.from_memory = is_from_memory(dx);
   }
@@ -189,17 +187,17 @@ at::Tensor backward_meta(const at::Tensor& grad, const at::Tensor& y, double sca
 void backward_meta_(at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {}
 
 at::Tensor call_forward(const at::Tensor& x, const OptionalTensor& mask, double scale, bool causal) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::scaled_masked_softmax", "").typed<decltype(forward_cpu)>();
+  static const auto op = find_op<decltype(forward_cpu)>("deepspeed::scaled_masked_softmax");
   return op.call(x, mask, scale, causal);
 }
 
 at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& y, double scale, bool causal) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::scaled_masked_softmax_backward", "").typed<decltype(backward_cpu)>();
+  static const auto op = find_op<decltype(backward_cpu)>("deepspeed::scaled_masked_softmax_backward");
   return op.call(grad, y, scale, causal);
 }
 
 void call_backward_(at::Tensor grad, const at::Tensor& y, double scale, bool causal) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("deepspeed::scaled_masked_softmax_backward_", "").typed<decltype(backward_cpu_)>();
+  static const auto op = find_op<decltype(backward_cpu_)>("deepspeed::scaled_masked_softmax_backward_");
   op.call(grad, y, scale, causal);
 }
 
@@ -224,8 +222,7 @@ class SoftmaxFunction : public torch::autograd::Function<SoftmaxFunction> {
     const auto gradient = [&](double by) {
       // Scores are the largest thing in attention: a gradient that nobody else holds becomes theirs, and nothing is allocated.
       if (!at::GradMode::is_enabled()) {
-        const bool in_place = is_owned(grad) && grad.is_contiguous() && y.is_contiguous() && grad.scalar_type() == y.scalar_type();
-        if (!in_place) return call_backward(grad, y, by, causal);
+        if (!may_take(grad, y)) return call_backward(grad, y, by, causal);
         call_backward_(grad, y, by, causal);
         return grad;
       }

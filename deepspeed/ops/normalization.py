@@ -30,9 +30,9 @@ def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, residual=N
     flat, residual = _flat(x, shape), _flat(residual, shape)
     weight, bias = _vector(weight, "weight", shape), _vector(bias, "bias", shape)
     if residual is None:
-        return ops().layer_norm(flat, weight, bias, eps)[0].view(x.shape)
+        return _unflat(ops().layer_norm(flat, weight, bias, eps)[0], x, shape)
     y, h, _, _ = ops().layer_norm_residual(flat, residual, weight, bias, eps)
-    return y.view(x.shape), h.view(x.shape)
+    return _unflat(y, x, shape), _unflat(h, x, shape)
 
 
 def rms_norm(x, weight=None, eps=1e-6, residual=None, *, normalized_shape=None, weight_offset=0.0):
@@ -48,9 +48,9 @@ def rms_norm(x, weight=None, eps=1e-6, residual=None, *, normalized_shape=None, 
     _check_trailing(x, shape, residual)
     flat, residual, weight = _flat(x, shape), _flat(residual, shape), _vector(weight, "weight", shape)
     if residual is None:
-        return ops().rms_norm(flat, weight, eps, weight_offset)[0].view(x.shape)
+        return _unflat(ops().rms_norm(flat, weight, eps, weight_offset)[0], x, shape)
     y, h, _ = ops().rms_norm_residual(flat, residual, weight, eps, weight_offset)
-    return y.view(x.shape), h.view(x.shape)
+    return _unflat(y, x, shape), _unflat(h, x, shape)
 
 
 class FusedLayerNorm(torch.nn.Module):
@@ -139,6 +139,10 @@ def _flat(x, shape):
     if x is None or len(shape) == 1:
         return x
     return x.reshape(*x.shape[:max(0, x.dim() - len(shape))], math.prod(shape))
+
+
+def _unflat(y, x, shape):
+    return y if len(shape) == 1 else y.view(x.shape)
 
 
 def _vector(parameter, name, shape):

@@ -17,15 +17,6 @@ from deepspeed.ops._library import ops
 BARS = {"cpu": {"torch": 1.0}, "cuda": {**op_race.SHARE_BAR, op_race.COMPILED: 1.3}}
 
 
-def graph(function, leaves, grad):
-    """A backward pass that can be run again and again."""
-    def make():
-        inputs = [t.detach().requires_grad_() for t in leaves]
-        out = function(*inputs)
-        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
-    return op_race.later(make)
-
-
 def check(ours, plain, leaves, grad):
     """Forward and backward on the first rows."""
     rows = [t if t.dim() == 1 else t[:64] for t in leaves]
@@ -49,7 +40,8 @@ def race(args, name, ours, plain, leaves, grad):
     ways, bars = op_race.with_compiled(args, {"ours": ours, "torch": plain}), BARS[grad.device.type]
     yield op_race.Case(f"{name} forward", {way: lambda f=f: f(*leaves) for way, f in ways.items()}, checked, moved + grad.nbytes, bars)
     # The smallest traffic: the inputs again, the gradient in, the inputs' gradients out.
-    yield op_race.Case(f"{name} backward", {way: graph(f, leaves, grad) for way, f in ways.items()}, checked, 2 * moved + grad.nbytes, bars)
+    yield op_race.Case(f"{name} backward", {way: op_race.in_a_graph(f, leaves) for way, f in ways.items()}, checked, 2 * moved + grad.nbytes, bars,
+                       op_race.in_a_graph(op_race.identity, [grad]))
 
 
 def dropout_race(args, name, x, residual, bias):
@@ -72,7 +64,8 @@ def dropout_race(args, name, x, residual, bias):
     leaves = [x, residual, bias]
     ways, bars = op_race.with_compiled(args, {"ours": ours, "torch": plain}), BARS[x.device.type]
     yield op_race.Case(f"{name} forward", {way: lambda f=f: f(*leaves) for way, f in ways.items()}, checked, 3 * x.nbytes, bars)
-    yield op_race.Case(f"{name} backward", {way: graph(f, leaves, x) for way, f in ways.items()}, checked, 2 * x.nbytes, bars)
+    yield op_race.Case(f"{name} backward", {way: op_race.in_a_graph(f, leaves) for way, f in ways.items()}, checked, 2 * x.nbytes, bars,
+                       op_race.in_a_graph(op_race.identity, [x]))
 
 
 def cases(args):

@@ -9,7 +9,7 @@ writes dx (with a residual it also reads the gradient of h). Bars on the CPU: fo
 """
 import torch
 import torch.nn.functional as F
-from op_race import COMPILED, SHARE_BAR, Case, assert_no_worse, later, main, with_compiled
+from op_race import COMPILED, SHARE_BAR, Case, assert_no_worse, identity, in_a_graph, later, main, with_compiled
 
 from deepspeed.ops.normalization import layer_norm, rms_norm
 
@@ -48,6 +48,7 @@ class Problem:
         self.grads = rest
         self.weight, self.bias = ((1 + 0.1 * torch.randn(columns, device=device)).to(dtype) for _ in range(2))
         trained = (self.x, self.residual, self.weight, self.bias if kind == "layer" else None)
+        self.trained = trained
         self.leaves = [t.requires_grad_() for t in trained if t is not None]
 
     def inputs(self, convert=lambda t: t):
@@ -62,6 +63,20 @@ class Problem:
         return body
 
     def backward(self, way):
+        """In a model: the gradients of the outputs are nobody else's."""
+        given = [t is not None for t in self.trained]
+
+        def function(*leaves):
+            leaves = iter(leaves)
+            arguments = [next(leaves) if there else None for there in given]
+            return tuple(way(self.kind, *arguments[:3], self.bias if arguments[3] is None else arguments[3]))
+        return in_a_graph(function, self.leaves)
+
+    def shared(self):
+        return in_a_graph(identity, self.grads)
+
+    def backward_of_held(self, way):
+        """The caller keeps the gradients of the outputs."""
         def make():
             outputs = way(*self.inputs())
             return lambda: torch.autograd.grad(outputs, self.leaves, self.grads, retain_graph=True)
@@ -97,8 +112,11 @@ def cases(args):
                         return {way: least for way in ways if way != COMPILED} if on_cpu else {**SHARE_BAR, COMPILED: 1.3}  # noqa: B023
                     yield Case(f"{kind} forward {label}", {w: problem.forward(f) for w, f in ways.items()}, problem.check,
                                array * (4 if with_residual else 2), bars(1.0))
-                    yield Case(f"{kind} backward {label}", {w: problem.backward(f) for w, f in ways.items()}, problem.check,
-                               array * (4 if with_residual else 3), bars(1.5))
+                    moved = array * (4 if with_residual else 3)
+                    yield Case(f"{kind} backward {label}", {w: problem.backward(f) for w, f in ways.items()}, problem.check, moved, bars(1.5),
+                               problem.shared())
+                    yield Case(f"{kind} held backward {label}", {w: problem.backward_of_held(f) for w, f in ways.items()}, problem.check, moved,
+                               bars(1.5))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-OURS, CEILING, COMPILED = "ours", "copy", "compiled"
+OURS, CEILING, COMPILED, SHARED = "ours", "copy", "compiled", "shared"
 GPU_COPY_BYTES = 2**30
 SHARE_BAR = {CEILING: 0.9}  # of what is limited by a GPU's memory alone
 COMPILED_SHARE = 0.65  # from this share of the copy's rate on, torch.compile leaves too little to gain: its bar does not count
@@ -30,12 +30,13 @@ COMPILED_SHARE = 0.65  # from this share of the copy's rate on, torch.compile le
 class Case:
     """One race. `contenders` maps names to functions without arguments, "ours" among them. `check()` raises if ours is wrong.
     `moved_bytes` counts each array once in and once out; 0 leaves the copy out. `bars` maps a peer to the least "peer's time over ours", and
-    "copy" to the least share of the copy's rate."""
+    "copy" to the least share of the copy's rate. `shared()`: what every contender does besides, timed in the same rounds and subtracted."""
     name: str
     contenders: dict
     check: object
     moved_bytes: int = 0
     bars: dict = field(default_factory=dict)
+    shared: object = None
 
 
 def later(make):
@@ -47,6 +48,22 @@ def later(make):
             made.append(make())
         return made[0]()
     return body
+
+
+def in_a_graph(function, leaves):
+    """A contender: the backward pass of function(*leaves), a tensor or some, as it runs in a model: the gradients of its results come from what is
+    behind it, here multiplications, and nobody else holds them. What those take is `in_a_graph(identity, results)`, to be a case's `shared`."""
+    def make():
+        inputs = [t.detach().requires_grad_() for t in leaves]
+        results = function(*inputs)
+        ends = [y * 2 for y in (results if isinstance(results, tuple) else (results,))]
+        grads = [torch.ones((), device=y.device, dtype=y.dtype).expand(y.shape) for y in ends]
+        return lambda: torch.autograd.grad(ends, inputs, grads, retain_graph=True)
+    return later(make)
+
+
+def identity(*tensors):
+    return tensors
 
 
 def with_compiled(args, ways):
@@ -107,14 +124,21 @@ def run(case, device, rounds):
         source = torch.ones(max(1, copied // 4), dtype=torch.float32, device=device)
         target = torch.empty_like(source)
         contenders[CEILING] = lambda: target.copy_(source)
+    if case.shared is not None:
+        contenders[SHARED] = case.shared
     times = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, body in contenders.items():
             spent = _seconds(body, device, 0.02 if turn else 0.25)
             if turn:  # the first round warms up
                 times[name].append(spent)
+    medians = {name: statistics.median(spent) for name, spent in times.items()}
+    for name in case.contenders if case.shared is not None else ():
+        medians[name] -= medians[SHARED]
+        if medians[name] <= 0:
+            raise RuntimeError(f"{case.name}: {name} took no longer than what all contenders share: something else ran on this machine")
     return {"case": case.name, "moved_bytes": case.moved_bytes, "copied_bytes": 2 * source.nbytes if case.moved_bytes else 0, "bars": case.bars,
-            **{f"{name}_s": statistics.median(spent) for name, spent in times.items()}}
+            **{f"{name}_s": spent for name, spent in medians.items()}}
 
 
 def share(result, name):
@@ -137,7 +161,7 @@ def line(result):
         text += f" {result['moved_bytes'] / ours / 1e9:7.1f} GB/s {part:5.0%} of copy{against(CEILING, part, bars.get(CEILING))}"
     for key, seconds in result.items():
         name = key.removesuffix("_s")
-        if not key.endswith("_s") or name in (OURS, CEILING):
+        if not key.endswith("_s") or name in (OURS, CEILING, SHARED):
             continue
         bar = bars.get(name)
         if name == COMPILED and result["moved_bytes"]:

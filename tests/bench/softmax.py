@@ -42,8 +42,10 @@ def plain(args, dtype, size, columns, device):
 
     ways = with_compiled(args, {"ours": lambda x: scaled_masked_softmax(x), "torch": lambda x: torch.softmax(x, -1)})
     yield "forward", {name: lambda f=f: f(x) for name, f in ways.items()}, check_forward, 2, bars(device, 1.0)
+    contenders = {name: op_race.in_a_graph(f, [x]) for name, f in ways.items()}
+    yield "backward", contenders, check_backward, 3, bars(device, 1.5), op_race.in_a_graph(op_race.identity, [x])
     ways = with_compiled(args, {"ours": lambda grad, y: backward(grad, y, 1.0, False), "torch": torch_backward})
-    yield "backward", {name: lambda f=f: f(grad, y) for name, f in ways.items()}, check_backward, 3, bars(device, 1.5)
+    yield "held backward", {name: lambda f=f: f(grad, y) for name, f in ways.items()}, check_backward, 3, bars(device, 1.5)
 
 
 def attention(args, dtype, size, keys, device):
@@ -82,9 +84,9 @@ def cases(args):
         for size_name, size in SIZES[device.type].items():
             for columns in COLUMNS:
                 for make in (plain, attention):
-                    for name, contenders, check, arrays, bars in make(args, dtype, size, columns, device):
+                    for name, contenders, check, arrays, *rest in make(args, dtype, size, columns, device):
                         moved = arrays * size * torch.finfo(dtype).bits // 8
-                        yield op_race.Case(f"{name} {str(dtype)[6:]} {size_name} rows of {columns}", contenders, check, moved, bars)
+                        yield op_race.Case(f"{name} {str(dtype)[6:]} {size_name} rows of {columns}", contenders, check, moved, *rest)
 
 
 if __name__ == "__main__":

@@ -295,12 +295,13 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
     mean[r] = set(rows[r].mean);
     grads[r] = alongs[r] = hn::Zero(FloatTag());
   }
+  const bool ahead = a.past_caches || a.dx == a.dy;  // nothing comes into the caches to be overwritten
   const auto body = [&](int64_t i, auto lanes) DS_BODY {
     V weight, of_weight = set(0.0f), of_bias = set(0.0f);
     if constexpr (kWeight) weight = load(F32{}, a.weight + i, lanes);
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kHints) {
-        if (a.past_caches) {
+        if (ahead) {
           prefetch(rows[r].dy + i + kHint<Raw>);
           prefetch(rows[r].h + i + kHint<Raw>);
         } else {

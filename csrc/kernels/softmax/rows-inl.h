@@ -59,6 +59,17 @@ HWY_INLINE void load_two(BF16, const uint16_t* p, V& a, V& b) {
 HWY_INLINE auto two_in_words(V a, V b) {
   const FloatTag df;
   const hn::Rebind<uint32_t, FloatTag> du32;
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  // All elements are rounded at once, as 16-bit words: what is cut off carries where it is more than half, or just half below an odd word.
+  if (HWY_LIKELY(_mm512_cmp_ps_mask(a.raw, b.raw, _CMP_UNORD_Q) == 0)) {
+    const auto low = hn::BitCast(du32, a), high = hn::BitCast(du32, b);
+    const __m512i kept = hn::OrAnd(hn::ShiftRight<16>(low), high, hn::Set(du32, 0xffff0000u)).raw;
+    const __m512i cut = hn::OrAnd(hn::ShiftLeft<16>(high), low, hn::Set(du32, 0xffffu)).raw;
+    const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16(INT16_MIN);
+    const __mmask32 carries = _mm512_cmpgt_epu16_mask(_mm512_adds_epu16(cut, _mm512_and_si512(kept, one)), half);
+    return hn::Vec<hn::ScalableTag<uint16_t>>{_mm512_mask_add_epi16(kept, carries, kept, one)};
+  }
+#endif
   const auto round = [&](V v) HWY_ATTR {
     const auto u = hn::BitCast(du32, v);
     return hn::Add(hn::Add(u, hn::Set(du32, 0x7fff)), hn::And(hn::ShiftRight<16>(u), hn::Set(du32, 1)));

@@ -118,6 +118,11 @@ HWY_INLINE void ask_for_pair(const Raw* p) {
   if constexpr (2 * kLanes * sizeof(Raw) > 64) __builtin_prefetch(p + kLanes, 0, 2);
 }
 
+bool is_power_of_two(float x) {
+  int exponent;
+  return std::frexp(x, &exponent) == 0.5f && exponent > -60 && exponent < 60;  // far from where products over- or underflow
+}
+
 template <class T>
 HWY_INLINE float dot_row(T tag, const typename T::Raw* a, const typename T::Raw* b, int64_t n) {
   const V zero = hn::Zero(FloatTag());
@@ -137,11 +142,21 @@ HWY_INLINE float dot_row(T tag, const typename T::Raw* a, const typename T::Raw*
   return sum_lanes(hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3])));
 }
 
+// scale * p * (g - dot). kFolds: the scale is a power of two, so that scale * (g - dot) is one operation and as exact.
+template <bool kFolds>
+struct Gradient {
+  V scale, dot;
+  HWY_INLINE Gradient(float scale_, float dot_) : scale(hn::Set(FloatTag(), scale_)), dot(hn::Set(FloatTag(), kFolds ? scale_ * dot_ : dot_)) {}
+  HWY_INLINE V operator()(V g, V p) const {
+    if constexpr (kFolds) return hn::Mul(p, hn::MulSub(scale, g, dot));
+    return hn::Mul(hn::Mul(scale, p), hn::Sub(g, dot));
+  }
+};
+
 // kPast: dx is written past the caches. kAhead: the row behind this one is asked for.
-template <bool kPast, bool kAhead, class T>
+template <bool kPast, bool kAhead, bool kFolds, class T>
 HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, float scale, int64_t n) {
-  const V dot = hn::Set(FloatTag(), dot_row(tag, dy, y, n)), s = hn::Set(FloatTag(), scale);
-  const auto gradient = [&](V g, V p) HWY_ATTR { return hn::Mul(hn::Mul(s, p), hn::Sub(g, dot)); };
+  const Gradient<kFolds> gradient(scale, dot_row(tag, dy, y, n));
   const int64_t steps = n / kStep;
   // From the end when the row does not fit the first cache: what the sum read last still lies there.
   const bool from_the_end = 2 * n * static_cast<int64_t>(sizeof(typename T::Raw)) > kFirstCacheBytes;
@@ -162,12 +177,12 @@ HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* 
   if (i < n) store_tail(tag, gradient(load_tail(tag, dy + i, n - i), load_tail(tag, y + i, n - i)), dx + i, n - i);
 }
 
-template <bool kPast, bool kAhead, class T>
+template <bool kPast, bool kAhead, bool kFolds, class T>
 void gradient_rows(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, const SoftmaxRows& s, int64_t begin,
                    int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t visible = visible_columns(s, r), at = r * s.columns;
-    gradient_row<kPast, kAhead>(tag, dx + at, dy + at, y + at, s.scale, visible);
+    gradient_row<kPast, kAhead, kFolds>(tag, dx + at, dy + at, y + at, s.scale, visible);
     if (visible < s.columns) std::fill(dx + at + visible, dx + at + s.columns, typename T::Raw{0});
   }
 }
@@ -178,12 +193,19 @@ void SoftmaxBackward(void* dx, const void* dy, const void* y, DType dtype, const
     auto* out = static_cast<Raw*>(dx);
     auto *grad = static_cast<const Raw*>(dy), *p = static_cast<const Raw*>(y);
     const bool past = s.past_caches && is_streamable(out) && static_cast<size_t>(s.columns) * sizeof(Raw) % kStreamBytes == 0;
-    if (past) {
-      s.from_memory ? gradient_rows<true, true>(tag, out, grad, p, s, begin, end) : gradient_rows<true, false>(tag, out, grad, p, s, begin, end);
-    } else {
-      s.from_memory ? gradient_rows<false, true>(tag, out, grad, p, s, begin, end)
-                    : gradient_rows<false, false>(tag, out, grad, p, s, begin, end);
-    }
+    const auto run = [&](auto folds) {
+      constexpr bool kFolds = decltype(folds)::value;
+      if (past) {
+        s.from_memory ? gradient_rows<true, true, kFolds>(tag, out, grad, p, s, begin, end)
+                      : gradient_rows<true, false, kFolds>(tag, out, grad, p, s, begin, end);
+      } else {
+        s.from_memory ? gradient_rows<false, true, kFolds>(tag, out, grad, p, s, begin, end)
+                      : gradient_rows<false, false, kFolds>(tag, out, grad, p, s, begin, end);
+      }
+    };
+    // What is read as float32 waits for memory, not for arithmetic.
+    constexpr bool kNarrow = !std::is_same_v<decltype(tag), F32>;
+    kNarrow && is_power_of_two(s.scale) ? run(std::bool_constant<kNarrow>()) : run(std::false_type());
   });
 }
 

@@ -191,53 +191,6 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.deepspeed.scaled_masked_softmax_backward_.default, (torch.randn_like(y), y, 0.5, False))
 
 
-@pytest.mark.parametrize("shape", [(3, 20), (2, 33, 70), (1, 5, 5000), (2, 1, 20000)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_backward_in_place(device, shape, dtype):
-    y, grad = torch.softmax(torch.randn(shape, device=device), -1).to(dtype), torch.randn(shape, device=device).to(dtype)
-    for causal in (False, True) if len(shape) > 2 else (False,):
-        want = torch.ops.deepspeed.scaled_masked_softmax_backward(grad, y, 0.5, causal)
-        mine, version = grad.clone(), grad._version
-        torch.ops.deepspeed.scaled_masked_softmax_backward_(mine, y, 0.5, causal)
-        assert torch.equal(mine, want) and mine._version > version
-    for bad, message in ((grad.transpose(0, -1).contiguous().transpose(0, -1), "grad must be contiguous"), (y, "overlap")):
-        with pytest.raises(ValueError, match=message):
-            torch.ops.deepspeed.scaled_masked_softmax_backward_(bad, y, 0.5, False)
-
-
-def test_a_gradient_is_overwritten_when_nobody_holds_it(device):
-    """Its memory becomes that of the gradient of x. What a caller, a hook or retain_grad holds stays as it is."""
-    x, weight = torch.randn(2, 40, 64, device=device, requires_grad=True), torch.randn(2, 40, 64, device=device)
-    want = torch.autograd.grad((torch.softmax(x, -1) * weight).sum(), x)[0]
-
-    def in_place(watch, takers=1):
-        """Whether the gradient was overwritten."""
-        leaf = x.detach().clone().requires_grad_()
-        y = scaled_masked_softmax(leaf)
-        watch(y)
-        loss = sum((y * weight).sum() for _ in range(takers))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-            loss.backward()
-        torch.testing.assert_close(leaf.grad, takers * want)
-        names = {event.name for event in seen.events()}
-        assert len(names & set(_BACKWARDS)) == 1
-        return _BACKWARDS[1] in names, y
-
-    held = []
-    assert in_place(lambda y: None)[0] and in_place(lambda y: None, takers=2)[0]
-    assert not in_place(lambda y: y.register_hook(held.append))[0]
-    torch.testing.assert_close(held[0], weight)
-    found, y = in_place(lambda y: y.retain_grad())
-    torch.testing.assert_close(y.grad, weight)
-    y, grad = scaled_masked_softmax(x), weight.clone()
-    for _ in range(2):
-        torch.testing.assert_close(torch.autograd.grad(y, x, grad, retain_graph=True)[0], want)
-    assert torch.equal(grad, weight)
-
-
-_BACKWARDS = ("deepspeed::scaled_masked_softmax_backward", "deepspeed::scaled_masked_softmax_backward_")
-
-
 def test_compiles_in_one_graph(device):
     module = FusedSoftmax(scale=0.5, causal=True)
     compiled = torch.compile(lambda a, m: module(a * 2, m).sin(), fullgraph=True, dynamic=True, backend="aot_eager")

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tests of backwards in place with tensors on a GPU."""
+import pytest
+import torch
+
+from tests.unit.ops.test_in_place import *  # noqa: F401,F403
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def device():
+    return "cuda"
