@@ -2,7 +2,7 @@
 """Optimizer updates and list operations beside torch, DeepSpeed's CPU Adam (--peer PYTHON: an environment that has it) and a plain copy.
 
     python tests/bench/optimizers.py [--numel 64000000] [--threads 1] [--rounds 7] [--peer /path/to/python] [--only AdamW] [--device cuda]
-    python tests/bench/optimizers.py --alone 500000000 --peer ...     # contenders one after another, for sizes of which memory holds only one
+    python tests/bench/optimizers.py --pairs 500000000 --peer ...     # ours and one peer at a time, for sizes of which memory holds only two
 
 Bytes are those an update must move: each array once in, once out (a copy's: as many). The peer steps in a process of its own, in turn with ours.
 """
@@ -140,8 +140,6 @@ def check_clip(device):
 
 
 def cases(args):
-    if args.alone:
-        return
     n, device = args.numel, args.device
     contenders = {OURS: adam([parameter(n, device=device)]).step, "torch fused": torch_adam([parameter(n, device=device)]).step}
     peer = Peer(args.peer, n, args.threads) if args.peer and device == "cpu" else None
@@ -169,32 +167,37 @@ def cases(args):
     yield from many_small(device)
 
 
-def median_of(body, rounds, copy):
-    """Median seconds of body(), and of copy(), in turns."""
-    spent = {body: [], copy: []}
+def medians_of(bodies, rounds):
+    """Median seconds of each, in turns, after a round that does not count."""
+    spent = {name: [] for name in bodies}
     for turn in range(rounds + 1):
-        for work in spent:
+        for name, body in bodies.items():
             begin = time.perf_counter()
-            work()
+            body()
             if turn:
-                spent[work].append(time.perf_counter() - begin)
-    return statistics.median(spent[body]), statistics.median(spent[copy])
+                spent[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds) for name, seconds in spent.items()}
 
 
-def alone(numel, threads, rounds, python):
-    """AdamW fp32, one contender in memory at a time, each beside a copy of 256 MiB."""
+def in_pairs(numel, threads, rounds, python):
+    """AdamW fp32, ours and one peer at a time in turns, beside a copy of 256 MiB."""
     torch.set_num_threads(threads)
     checker(adam, ADAM, "cpu")()
     source, target = torch.ones(2**26), torch.empty(2**26)
-    makers = {OURS: lambda: adam([parameter(numel)]).step, "torch fused": lambda: torch_adam([parameter(numel)]).step}
+    peers = {"torch fused": lambda: torch_adam([parameter(numel)]).step}
     if python:
-        makers["DeepSpeedCPUAdam"] = lambda: Peer(python, numel, threads)
-    print(f"AdamW fp32, {numel:,} elements, {threads} thread(s), one after another")
-    for name, make in makers.items():
+        peers["DeepSpeedCPUAdam"] = lambda: Peer(python, numel, threads)
+    print(f"AdamW fp32, {numel:,} elements, {threads} thread(s), in pairs, medians of {rounds} rounds")
+    ours = adam([parameter(numel)]).step
+    for name, make in peers.items():
         body = make()
-        seconds, copy_seconds = median_of(body, rounds, lambda: target.copy_(source))
-        rate, copy_rate = 28 * numel / seconds / 1e9, 2 * source.nbytes / copy_seconds / 1e9
-        print(f"{name:18s} {seconds * 1e3:9.1f} ms {rate:6.1f} GB/s, {CEILING} {copy_rate:6.1f} GB/s: {rate / copy_rate:5.0%}", flush=True)
+        seconds = medians_of({OURS: ours, name: body, CEILING: lambda: target.copy_(source)}, rounds)
+        copy_rate = 2 * source.nbytes / seconds[CEILING] / 1e9
+        for who in (OURS, name):
+            rate = 28 * numel / seconds[who] / 1e9
+            ratio = seconds[name] / seconds[OURS]
+            bar = f" | {name} {ratio:5.2f}x (bar {BAR}{' MISSED' if ratio < BAR else ''})" if who == OURS else ""
+            print(f"{who:18s} {seconds[who] * 1e3:9.1f} ms {rate:6.1f} GB/s, {CEILING} {copy_rate:6.1f} GB/s: {rate / copy_rate:5.0%}{bar}", flush=True)
         if isinstance(body, Peer):
             body.close()
         del body
@@ -202,8 +205,8 @@ def alone(numel, threads, rounds, python):
 
 
 if __name__ == "__main__":
-    if "--alone" in sys.argv:
+    if "--pairs" in sys.argv:
         option = lambda name, default: sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default  # noqa: E731
-        alone(int(option("--alone", 0)), int(option("--threads", 1)), int(option("--rounds", 3)), option("--peer", ""))
+        in_pairs(int(option("--pairs", 0)), int(option("--threads", 1)), int(option("--rounds", 5)), option("--peer", ""))
     else:
-        op_race.main(__doc__, cases, numel=64_000_000, peer="", alone=0)
+        op_race.main(__doc__, cases, numel=64_000_000, peer="", pairs=0)
