@@ -180,7 +180,8 @@ def medians_of(bodies, rounds):
 
 
 def in_pairs(numel, threads, rounds, python):
-    """AdamW fp32, ours and one peer at a time in turns, beside a copy of 256 MiB."""
+    """AdamW fp32, ours and one peer at a time in turns, beside a copy of 256 MiB and an addition in place of as much, which like an update reads
+    what it writes."""
     torch.set_num_threads(threads)
     checker(adam, ADAM, "cpu")()
     source, target = torch.ones(2**26), torch.empty(2**26)
@@ -191,13 +192,13 @@ def in_pairs(numel, threads, rounds, python):
     ours = adam([parameter(numel)]).step
     for name, make in peers.items():
         body = make()
-        seconds = medians_of({OURS: ours, name: body, CEILING: lambda: target.copy_(source)}, rounds)
-        copy_rate = 2 * source.nbytes / seconds[CEILING] / 1e9
+        seconds = medians_of({OURS: ours, name: body, CEILING: lambda: target.copy_(source), "addition": lambda: target.add_(source)}, rounds)
+        copy_rate, addition_rate = 2 * source.nbytes / seconds[CEILING] / 1e9, 3 * source.nbytes / seconds["addition"] / 1e9
         for who in (OURS, name):
             rate = 28 * numel / seconds[who] / 1e9
             ratio = seconds[name] / seconds[OURS]
             bar = f" | {name} {ratio:5.2f}x (bar {BAR}{' MISSED' if ratio < BAR else ''})" if who == OURS else ""
-            print(f"{who:18s} {seconds[who] * 1e3:9.1f} ms {rate:6.1f} GB/s, {CEILING} {copy_rate:6.1f} GB/s: {rate / copy_rate:5.0%}{bar}", flush=True)
+            print(f"{who:18s} {seconds[who] * 1e3:9.1f} ms {rate:6.1f} GB/s, {rate / copy_rate:4.0%} of {CEILING}, {rate / addition_rate:4.0%} of addition{bar}", flush=True)
         if isinstance(body, Peer):
             body.close()
         del body
