@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "ops/dense.h"
 #include "optim/long_lived.h"
 #include "optim/multi_tensor.h"
 #include "optim/tensor_step.h"
@@ -30,6 +31,7 @@ optim::Storage storage_of(const Tensors& low_bits, const Scales& scales, const D
 }  // namespace
 
 void bind_ops(py::module_& m) {
+  ops::refuse_what_is_not_dense();
 #ifdef DS_WITH_CUDA
   m.attr("OPS_HAVE_CUDA") = true;
 #else

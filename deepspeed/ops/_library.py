@@ -11,6 +11,13 @@ def ops():
     return torch.ops.deepspeed
 
 
+def check_dense(**tensors):
+    """For what asks a tensor for its shape before an operator sees it; the operators refuse the same (csrc/ops/dense.cpp)."""
+    for name, t in tensors.items():
+        if t is not None and (t.is_nested or t.layout != torch.strided):
+            raise ValueError(f"{name} must be a dense tensor, " + ("it is nested" if t.is_nested else f"its layout is {t.layout}"))
+
+
 try:
     lib()  # now: torch.compile could not follow the import in a process whose first call is a compiled one
 except NativeExtensionError:

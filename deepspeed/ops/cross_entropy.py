@@ -6,7 +6,7 @@ et al., 2024): the logits of all tokens, the largest tensor of a language model'
 """
 import torch
 
-from deepspeed.ops._library import ops
+from deepspeed.ops._library import check_dense, ops
 
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -50,6 +50,7 @@ def cross_entropy(logits, labels, ignore_index=-100, label_smoothing=0.0, reduct
     Raises ValueError naming the argument, and the position of a label out of range; on a GPU that check waits for the labels.
     """
     kind = _reduction(reduction)
+    check_dense(logits=logits, labels=labels)
     if logits.dim() == 0 or labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}: expected {tuple(logits.shape[:-1])}")
     rows, targets = logits.reshape(labels.numel(), logits.shape[-1]), labels.reshape(-1)
@@ -87,6 +88,7 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
     Raises ValueError naming the argument, and the position of a label out of range; on a GPU that check waits for the labels.
     """
     kind = _reduction(reduction)
+    check_dense(hidden=hidden, weight=weight, labels=labels, bias=bias)
     if hidden.dim() == 0 or labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}: expected {tuple(hidden.shape[:-1])}")
     if chunk_tokens is not None and chunk_tokens < 1:

@@ -15,7 +15,7 @@ import numbers
 
 import torch
 
-from deepspeed.ops._library import ops
+from deepspeed.ops._library import check_dense, ops
 
 
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, residual=None):
@@ -43,6 +43,7 @@ def rms_norm(x, weight=None, eps=1e-6, residual=None, *, normalized_shape=None, 
     ``(y, h)``, and gradients of both are taken. Raises ValueError naming the argument. Rounding: see Note [Rounding of norms].
     """
     if normalized_shape is None:
+        check_dense(x=x, weight=weight)
         normalized_shape = x.shape[-1:] if weight is None else weight.shape
     shape = _shape_of(normalized_shape)
     _check_trailing(x, shape, residual)
@@ -126,8 +127,7 @@ def _check_trailing(x, shape, residual):
     for name, value in (("x", x), ("residual", residual)):
         if not torch.is_tensor(value) and (value is not None or name == "x"):
             raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
-        if value is not None and value.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense tensor, its layout is {value.layout}")
+    check_dense(x=x, residual=residual)
     if tuple(x.shape[-len(shape):]) != shape:
         raise ValueError(f"x has shape {list(x.shape)}, which does not end in normalized_shape {list(shape)}")
     if residual is not None and residual.shape != x.shape:
@@ -148,6 +148,7 @@ def _unflat(y, x, shape):
 def _vector(parameter, name, shape):
     if parameter is None:
         return None
+    check_dense(**{name: parameter})
     if tuple(parameter.shape) != shape:
         raise ValueError(f"{name} has shape {list(parameter.shape)}, normalized_shape is {list(shape)}")
     return parameter if len(shape) == 1 else parameter.reshape(-1)

@@ -2,7 +2,7 @@
 """Rotary position embedding of queries and keys (Su et al., "RoFormer", 2021), fused."""
 import torch
 
-from deepspeed.ops._library import ops
+from deepspeed.ops._library import check_dense, ops
 
 _LAYOUTS = {"bshd": False, "bhsd": True}
 _STYLES = {"half": False, "interleaved": True}
@@ -94,6 +94,7 @@ class RotaryEmbedding(torch.nn.Module):
         given = k if q is None else q
         if given is None:
             raise ValueError("q and k are both None")
+        check_dense(q=q, k=k, positions=positions)
         seq = given.shape[2 if self.layout == "bhsd" else 1]
         rows, cos, sin = seq, None, None
         if positions is not None:
