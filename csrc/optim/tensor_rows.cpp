@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "kernels/optim/forms.h"
 #include "ops/arguments.h"
+#include "optim/long_lived.h"
 
 namespace ds::optim {
 namespace {
@@ -47,9 +48,22 @@ void check_kernel_dtype(const at::Tensor& t, const char* name, size_t index) {
                  name << "[" << index << "]: dtype must be float32, bfloat16 or float16, not " << c10::toString(t.scalar_type()));
 }
 
-void check_strides(const at::Tensor& t, const char* name, size_t index, const at::Tensor& p) {
-  DS_CHECK_VALUE(t.strides() == p.strides(),
-                 name << "[" << index << "] has strides " << t.strides() << ", its parameter " << p.strides());
+// Whether element by element the two lie in memory in one order; strides of dimensions of one element say nothing.
+bool is_laid_out_like(const at::Tensor& t, const at::Tensor& p) {
+  if (t.strides() == p.strides()) return true;
+  for (int64_t d = 0; d < p.dim(); ++d) {
+    if (p.size(d) != 1 && t.stride(d) != p.stride(d)) return false;
+  }
+  return true;
+}
+
+// A parameter may have taken another memory format since its states were made (p.data = p.to(memory_format=...)): they follow it, once. The tensor
+// stays the caller's; its memory is new.
+void follow_layout(const at::Tensor& t, const at::Tensor& p) {
+  if (is_laid_out_like(t, p)) return;
+  const at::Tensor moved = long_lived_zeros(t.numel(), t.scalar_type(), t.device()).as_strided(p.sizes(), p.strides());
+  moved.copy_(t.detach());
+  t.set_data(moved);
 }
 
 Stored stored_param(const at::Tensor& p, size_t index, const Storage& storage) {
@@ -58,8 +72,8 @@ Stored stored_param(const at::Tensor& p, size_t index, const Storage& storage) {
     const at::Tensor& low = storage.low_bits[index];
     DS_CHECK_VALUE(p.scalar_type() == at::kBFloat16, "params[" << index << "]: only bfloat16 has low_bits, not " << c10::toString(p.scalar_type()));
     check_like(low, "low_bits", index, p);
-    check_strides(low, "low_bits", index, p);
     DS_CHECK_VALUE(low.scalar_type() == at::kShort, "low_bits[" << index << "]: dtype must be int16, not " << c10::toString(low.scalar_type()));
+    follow_layout(low, p);
     stored.form = Form::Split;
     stored.extra = low.data_ptr();
   } else if (storage.rounding && p.scalar_type() == at::kBFloat16) {
@@ -70,12 +84,14 @@ Stored stored_param(const at::Tensor& p, size_t index, const Storage& storage) {
 
 Stored stored_state(const at::Tensor& t, const char* name, size_t index, const at::Tensor& p, const Tensors* scales) {
   check_like(t, name, index, p);
-  check_strides(t, name, index, p);
   if (!is_code(t.scalar_type())) {
     check_kernel_dtype(t, name, index);
+    follow_layout(t, p);
     return {float_form(t.scalar_type()), t.data_ptr(), nullptr};
   }
   DS_CHECK_VALUE(scales != nullptr && !scales->empty(), name << "[" << index << "] holds 8-bit codes but there are no scales for " << name);
+  DS_CHECK_VALUE(is_laid_out_like(t, p), name << "[" << index << "] holds 8-bit codes, whose blocks share scales in the order of memory, with strides "
+                 << t.strides() << ", its parameter has " << p.strides() << " now: give the parameter its memory format before its first step");
   const at::Tensor& scale = (*scales)[index];
   check_beside(scale, "scales", index, p);
   const int64_t blocks = kernels::code_blocks(p.numel());
@@ -90,7 +106,7 @@ const at::Tensor& laid_out_gradient(const at::Tensor& g, size_t index, const at:
   check_beside(g, "grads", index, p);
   check_kernel_dtype(g, "grads", index);
   DS_CHECK_VALUE(g.sizes() == p.sizes(), "grads[" << index << "] has shape " << g.sizes() << ", its parameter " << p.sizes());
-  if (g.strides() == p.strides() && !g.is_neg()) return g;
+  if (is_laid_out_like(g, p) && !g.is_neg()) return g;
   at::Tensor copy = at::empty_strided(p.sizes(), p.strides(), g.options());
   copy.copy_(g.detach());
   held.push_back(std::move(copy));

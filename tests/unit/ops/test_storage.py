@@ -305,6 +305,44 @@ def test_layouts_and_mixed_dtypes():
     assert "low_bits" not in optimizers[0].state[params[1]]  # a float32 parameter is its own master
 
 
+LAYOUTS = [dict(), dict(master="split"), dict(state_dtype=torch.bfloat16), dict(rounding="stochastic")]
+
+
+@pytest.mark.parametrize("kind", [FusedAdam, FusedLamb, FusedLion, DeepSpeedCPUAdagrad, FusedSGD])
+@pytest.mark.parametrize("options", LAYOUTS)
+def test_states_follow_a_parameter_to_another_memory_format(kind, options):
+    """There and back, after steps; a 1 x 1 convolution has both formats at once. Random bits go with the place in memory, so those differ."""
+    shapes = [(6, 5, 4, 3), (6, 5, 1, 1), (600, 5, 30, 30)][:2 if options else 3]  # the last one's states lie in huge pages
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    moving, still = ([torch.nn.Parameter(v.clone()) for v in values] for _ in range(2))
+    momentum = dict(momentum=0.9) if kind is FusedSGD else {}
+    optimizers = [kind(params, lr=1e-2, **momentum, **options) for params in (moving, still)]
+    for step, memory_format in enumerate([torch.contiguous_format, torch.channels_last, torch.channels_last, torch.contiguous_format]):
+        for p in moving:
+            p.data = p.data.to(memory_format=memory_format)
+        give_gradients(step, moving, still)
+        kept = [dict(optimizers[0].state[p]) for p in moving]
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q, before in zip(moving, still, kept):
+            ours, theirs = optimizers[0].state[p], optimizers[1].state[q]
+            if not options.get("rounding"):
+                assert torch.equal(p, q) and all(torch.equal(ours[name], theirs[name]) for name in ours if torch.is_tensor(ours[name]))
+            assert all(ours[name] is before[name] for name in before if torch.is_tensor(before[name]))
+        assert all(t.stride() == moving[0].stride() for t in optimizers[0].state[moving[0]].values() if torch.is_tensor(t))
+
+
+def test_8bit_states_cannot_follow_and_say_why():
+    p = torch.nn.Parameter(torch.randn(6, 5, 4, 3))
+    optimizer = FusedAdam([p], state_dtype="8bit")
+    give_gradients(0, [p])
+    optimizer.step()
+    p.data = p.data.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="8-bit codes, whose blocks share scales in the order of memory"):
+        optimizer.step()
+
+
 def test_bad_options_are_named(monkeypatch):
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     for options, message in [(dict(master="half"), "master must be"), (dict(rounding="up"), "rounding must be"), (dict(seed=-1), "seed must lie"),
