@@ -190,8 +190,16 @@ void step(const Rule& rule, float grad_scale, const Slice& a, int64_t n) {
   HWY_DYNAMIC_DISPATCH(StepSlice)(rule, grad_scale, a, n);
 }
 
-void widen(const Stored& from, float* to, int64_t n) { HWY_DYNAMIC_DISPATCH(Widen)(from, to, n); }
-void narrow(const float* from, const Stored& to, const Dice& dice, int64_t n) { HWY_DYNAMIC_DISPATCH(Narrow)(from, to, dice, n); }
+void widen(const Stored& from, float* to, int64_t n) {
+  check_stored(from, "from", n);
+  check_arrays(n, {{to, "to"}});
+  HWY_DYNAMIC_DISPATCH(Widen)(from, to, n);
+}
+void narrow(const float* from, const Stored& to, const Dice& dice, int64_t n) {
+  check_arrays(n, {{from, "from"}});
+  check_stored(to, "to", n);
+  HWY_DYNAMIC_DISPATCH(Narrow)(from, to, dice, n);
+}
 
 void adam(const Adam& h, float grad_scale, float* p, const void* g, DType g_dt, float* m, float* v, void* low,
           DType low_dt, int64_t n) {

@@ -72,21 +72,27 @@ int states_of(const Rule& rule) {
 
 namespace {
 
-void check_stored(const Stored& a, const char* name, bool may_be_codes, int64_t n) {
-  check_arrays(n, {{a.data, name}});
-  const bool is_code = a.form == Form::Signed8 || a.form == Form::Unsigned8, is_param_form = a.form == Form::Split || a.form == Form::Stochastic;
-  DS_CHECK_VALUE(may_be_codes ? !is_param_form : !is_code, name << " cannot have the form " << form_name(a.form));
-  DS_CHECK_VALUE(n == 0 || a.extra != nullptr || !(is_code || a.form == Form::Split), name << " has the form " << form_name(a.form) << " without "
-                 << (is_code ? "scales" : "low bits"));
+bool is_code(Form form) { return form == Form::Signed8 || form == Form::Unsigned8; }
+
+void check_part(const Stored& a, const char* name, bool may_be_codes, int64_t n) {
+  const bool is_param_form = a.form == Form::Split || a.form == Form::Stochastic;
+  DS_CHECK_VALUE(may_be_codes ? !is_param_form : !is_code(a.form), name << " cannot have the form " << form_name(a.form));
+  check_stored(a, name, n);
 }
 
 }  // namespace
 
+void check_stored(const Stored& a, const char* name, int64_t n) {
+  check_arrays(n, {{a.data, name}});
+  DS_CHECK_VALUE(n == 0 || a.extra != nullptr || !(is_code(a.form) || a.form == Form::Split), name << " has the form " << form_name(a.form)
+                 << " without " << (is_code(a.form) ? "scales" : "low bits"));
+}
+
 void check_slice(const Rule& rule, const Slice& a, int64_t n) {
-  check_stored(a.p, "p", false, n);
+  check_part(a.p, "p", false, n);
   check_arrays(n, {{a.g, "g"}});
   dispatch_float(a.g_dt, "g", [](auto) {});
-  for (int k = 0; k < states_of(rule); ++k) check_stored(a.states[k], k == 0 ? "states[0]" : "states[1]", true, n);
+  for (int k = 0; k < states_of(rule); ++k) check_part(a.states[k], k == 0 ? "states[0]" : "states[1]", true, n);
   dispatch_optional(a.low, a.low_dt, "low", [](auto) {});
   DS_CHECK_VALUE(a.low == nullptr || a.p.form == Form::F32, "low: only a float32 p has a copy beside it, not one in the form " << form_name(a.p.form));
 }
@@ -123,6 +129,7 @@ struct RefArrays {
 }  // namespace
 
 void widen_ref(const Stored& from, float* to, int64_t n) {
+  check_stored(from, "from", n);
   for (int64_t i = 0; i < n; ++i) {
     switch (from.form) {
       case Form::F32: to[i] = as<float>(from.data)[i]; break;
@@ -137,6 +144,7 @@ void widen_ref(const Stored& from, float* to, int64_t n) {
 }
 
 void narrow_ref(const float* from, const Stored& to, const Dice& dice, int64_t n) {
+  check_stored(to, "to", n);
   if (to.form == Form::Signed8) return encode_blocks<int8_t>(from, to, n, encode_signed);
   if (to.form == Form::Unsigned8) return encode_blocks<uint8_t>(from, to, n, encode_unsigned);
   for (int64_t i = 0; i < n; ++i) {

@@ -274,14 +274,16 @@ void step_many(const Rule& rule, float grad_scale, const Slice& like, const Many
 }
 
 void widen(const Stored& from, float* to, int64_t n, cudaStream_t stream) {
-  check_arrays(n, {{from.data, "from"}, {to, "to"}});
+  check_stored(from, "from", n);
+  check_arrays(n, {{to, "to"}});
   if (n == 0) return;
   launch("widen", widen_kernel, blocks_for(n), stream, from.form, static_cast<int>(form_size(from.form)), from.data, from.extra, to, n,
          aligned({from.data, from.form == Form::Split ? from.extra : nullptr, to}));
 }
 
 void narrow(const float* from, const Stored& to, const Dice& dice, int64_t n, cudaStream_t stream) {
-  check_arrays(n, {{from, "from"}, {to.data, "to"}});
+  check_arrays(n, {{from, "from"}});
+  check_stored(to, "to", n);
   if (n == 0) return;
   launch("narrow", narrow_kernel, blocks_for(n), stream, from, to.form, to.data, to.extra, dice, n,
          aligned({from, to.data, to.form == Form::Split ? to.extra : nullptr}));

@@ -52,6 +52,8 @@ using Rule = std::variant<AdamConstants, LionConstants, AdagradConstants, SgdCon
 int states_of(const Rule& rule);
 // Throws a ValueError that names what `step` cannot do with the slice.
 void check_slice(const Rule& rule, const Slice& slice, int64_t n);
+// Throws a ValueError that names what an array's form needs and it has not: data, scales, low bits.
+void check_stored(const Stored& array, const char* name, int64_t n);
 
 void step(const Rule& rule, float grad_scale, const Slice& slice, int64_t n);
 void step_ref(const Rule& rule, float grad_scale, const Slice& slice, int64_t n);

@@ -96,20 +96,26 @@ struct Scale {
   bool finite;
 };
 
-// Of a block whose largest magnitude has these bits, NaN above infinity above numbers.
+// zero + code * scale for an extent of these bits, NaN above infinity above numbers. The quotient may have been rounded up, near the largest float by
+// so much that the largest code would read as an infinity: two steps lower it cannot, as the product loses more than what both roundings gained.
+DS_QUANT_FN Scale scale_for(int32_t extent, float largest, float zero) {
+  if (extent >= kInfBits) return {of_bits(kNanBits), 0.0f, of_bits(kNanBits), false};
+  const float s = div(of_bits(extent), largest);
+  float scale = s < kSmallestScale ? kSmallestScale : s;
+  if ((bits_of(add(zero, mul(scale, largest))) & kMagnitude) >= kInfBits) scale = of_bits(bits_of(scale) - 2);
+  return {scale, div(1.0f, scale), zero, true};
+}
+// Of a block whose largest magnitude has these bits.
 DS_QUANT_FN Scale scale_of(int32_t magnitude, float largest) {
-  if (magnitude >= kInfBits) return {of_bits(kNanBits), 0.0f, 0.0f, false};
-  const float s = div(of_bits(magnitude), largest);
-  const float scale = s < kSmallestScale ? kSmallestScale : s;
-  return {scale, div(1.0f, scale), 0.0f, true};
+  Scale s = scale_for(magnitude, largest, 0.0f);
+  s.zero = 0.0f;
+  return s;
 }
 // Of a block whose smallest and largest `ordered` values are these.
 DS_QUANT_FN Scale scale_between(int32_t low, int32_t high, float largest) {
   const float zero = of_bits(ordered(low));
   const float extent = add(of_bits(ordered(high)), -zero);
-  Scale s = scale_of(bits_of(extent) & kMagnitude, largest);
-  s.zero = s.finite ? zero : of_bits(kNanBits);
-  return s;
+  return scale_for(bits_of(extent) & kMagnitude, largest, zero);
 }
 
 // v >= 0 or, for symmetric integers, any: to an integer.

@@ -26,7 +26,8 @@
 // Quantising writes neither infinities nor NaN codes.
 //
 // Note [scales]. With L the largest code (or floating-point value), the scale is max |x| / L, or (max x - min x) / L with zero = min x,
-// in float32 and at least 2^-126, so a block of zeros has the scale 2^-126 and codes 0. The code is x * (1 / scale), or
+// in float32 and at least 2^-126, so a block of zeros has the scale 2^-126 and codes 0; two float32 steps lower where L * scale (+ zero) would round
+// to an infinity, so a block of numbers reads as numbers. The code is x * (1 / scale), or
 // (x - zero) * (1 / scale), rounded; the error is at most half the distance between codes there (stochastic: all of it) and a few float32
 // roundings. A block that holds an infinity or NaN, or whose max x - min x overflows, has the scale NaN (zero NaN) and codes 0: all of it reads as
 // NaN, so nothing that is not finite disappears on the way.

@@ -119,6 +119,26 @@ TEST(DeviceQuantize, HasTheBitsOfTheReferenceForEverySizeAndAddress) {
   }
 }
 
+TEST(DeviceQuantize, NumbersReadAsNumbers) {
+  for (const Kind& kind : kKinds) {
+    const Blocks blocks{kind.format, kind.symmetric, 3};
+    const int64_t count = 60, n = 3 * count;
+    DeviceArray x(DType::F32, n), out(DType::F32, n);
+    float high = std::numeric_limits<float>::max();
+    for (int64_t b = 0; b < count; ++b, high = std::nextafter(high, 0.0f)) {
+      x.floats()[3 * b] = b % 2 == 0 ? 0.0f : 0x1.8p126f;
+      x.floats()[3 * b + 1] = x.floats()[3 * b + 2] = high;
+    }
+    Stored got(blocks, n), want(blocks, n);
+    quantize(blocks, {}, x.data(), DType::F32, nullptr, n, got.out(), nullptr);
+    quantize_ref(blocks, {}, x.data(), DType::F32, nullptr, n, 0, want.last(), want.out());
+    EXPECT_SAME(got, want) << kind.name;
+    const ConstQuantized source = got.in();
+    dequantize_reduce(blocks, &source, 1, 1.0f, n, out.data(), DType::F32, nullptr, nullptr);
+    for (int64_t i = 0; i < n; ++i) EXPECT_TRUE(std::isfinite(out.floats()[i])) << kind.name << " " << i;
+  }
+}
+
 // Sources with every byte there is, also such as quantising never writes.
 struct Sources {
   Sources(const Blocks& blocks, int64_t n, int count, int64_t offset) {

@@ -281,6 +281,10 @@ TEST(DeviceStored, RefusesBadArguments) {
   refuses(plain, plain, DType::F64);
   refuses(plain, plain, DType::F32, x, DType::I16);
   EXPECT_THROW(write_step_table(plan, {}, {}, x), ValueError);
+  for (const Form form : {Form::Signed8, Form::Unsigned8, Form::Split}) {
+    EXPECT_THROW(widen({form, x, nullptr}, x, 4, nullptr), ValueError);
+    EXPECT_THROW(narrow(x, {form, x, nullptr}, {}, 4, nullptr), ValueError);
+  }
 }
 
 }  // namespace

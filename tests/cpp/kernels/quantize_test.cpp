@@ -354,6 +354,8 @@ TEST(Quantize, NothingNotFiniteDisappears) {
   }
 }
 
+constexpr float kTop = std::numeric_limits<float>::max();
+
 TEST(Quantize, ZerosTinyAndHugeBlocks) {
   for (const Kind& kind : kKinds) {
     std::vector<float> scale, zero;
@@ -370,11 +372,40 @@ TEST(Quantize, ZerosTinyAndHugeBlocks) {
         EXPECT_LE(std::abs(back[i] - x[i]), s.scale[0] * step_at(kind, x[0] / s.scale[0]) / 2 + tiny * 0x1p-22f) << kind.name << tiny;
       }
     }
-    const float top = std::numeric_limits<float>::max();
-    bytes_of(kind, 4, {top, 0, top, top}, &scale, &zero);
+    bytes_of(kind, 4, {kTop, 0, kTop, kTop}, &scale, &zero);
     EXPECT_TRUE(std::isfinite(scale[0])) << kind.name;
-    bytes_of(kind, 4, {top, -top, 0, 0}, &scale, &zero);
+    bytes_of(kind, 4, {kTop, -kTop, 0, 0}, &scale, &zero);
     EXPECT_EQ(std::isfinite(scale[0]), kind.symmetric) << kind.name;  // the range of an asymmetric block overflows
+  }
+}
+
+TEST(Quantize, NumbersReadAsNumbers) {
+  for (const Kind& kind : kKinds) {
+    for (const float low : {0.0f, -1.0f, -0x1p100f, 0x1p126f, 0x1.8p126f, 0x1p127f, 0x1.fp127f, -kTop}) {
+      if (!kind.symmetric && low == -kTop) continue;  // top - low overflows
+      for (const bool stochastic : {false, true}) {
+        const int64_t blocks_count = 300, g = 3;
+        const Blocks blocks{kind.format, kind.symmetric, g};
+        std::vector<float> x(blocks_count * g);
+        for (int64_t b = 0; b < blocks_count; ++b) {
+          float high = kTop;
+          for (int64_t k = 0; k < b; ++k) high = std::nextafter(high, 0.0f);
+          x[3 * b] = low, x[3 * b + 1] = high, x[3 * b + 2] = high - high / 64;
+        }
+        const int64_t n = static_cast<int64_t>(x.size());
+        Stored s(blocks, n), want(blocks, n);
+        quantize(blocks, {stochastic, 1, 0}, x.data(), DType::F32, nullptr, n, 0, blocks_count, s.out());
+        quantize_ref(blocks, {stochastic, 1, 0}, x.data(), DType::F32, nullptr, n, 0, blocks_count, want.out());
+        EXPECT_EQ(s.bytes, want.bytes) << kind.name;
+        EXPECT_EQ(s.scale, want.scale) << kind.name;
+        const std::vector<float> back = read_back(s);
+        for (int64_t i = 0; i < n; ++i) {
+          const double scale = s.scale[i / g], zero = kind.symmetric ? 0.0 : s.zero[i / g];
+          const double step = scale * (step_at(kind, (x[i] - zero) / scale) * (stochastic ? 1.0 : 0.5) + 8 * 0x1p-24 * kind.largest);
+          EXPECT_LE(std::abs(static_cast<double>(back[i]) - x[i]), step + 0x1p104 + 0x1p103) << kind.name << " " << low << " " << i;  // two roundings
+        }
+      }
+    }
   }
 }
 

@@ -3,6 +3,8 @@
 // that depends on nothing but seed, draw and element; 8-bit codes within their stated error.
 #include "kernels/optim/stored.h"
 
+#include <functional>
+
 #include "base/error.h"
 #include "kernels/optim/forms.h"
 #include "slices.h"
@@ -262,6 +264,30 @@ TEST(Stored, RefusesBadArguments) {
   EXPECT_THROW(step(adam, 1, {plain, x, DType::F64, {plain, plain}, nullptr, DType::F32, {}}, 4), ValueError);
   EXPECT_THROW(step(adam, 1, {plain, x, DType::F32, {plain, plain}, x, DType::I16, {}}, 4), ValueError);
   step(adam, 1, slice({Form::F32, nullptr, nullptr}, {Form::F32, nullptr, nullptr}), 0);
+}
+
+TEST(Stored, WidenAndNarrowRefuseWhatIsMissing) {
+  float x[4] = {};
+  const auto refuses = [&](const Stored& bad, const char* said) {
+    const std::function<void()> calls[] = {[&] { widen(bad, x, 4); }, [&] { widen_ref(bad, x, 4); }, [&] { narrow(x, bad, {}, 4); },
+                                           [&] { narrow_ref(x, bad, {}, 4); }};
+    for (const auto& call : calls) {
+      try {
+        call();
+        ADD_FAILURE() << "took an array " << said;
+      } catch (const ValueError& e) {
+        EXPECT_NE(e.message.find(said), std::string::npos) << e.message;
+      }
+    }
+  };
+  refuses({Form::F32, nullptr, nullptr}, "is null");
+  refuses({Form::Signed8, x, nullptr}, "without scales");
+  refuses({Form::Unsigned8, x, nullptr}, "without scales");
+  refuses({Form::Split, x, nullptr}, "without low bits");
+  EXPECT_THROW(widen({Form::F32, x, nullptr}, nullptr, 4), ValueError);
+  EXPECT_THROW(narrow(nullptr, {Form::F32, x, nullptr}, {}, 4), ValueError);
+  widen({Form::Signed8, nullptr, nullptr}, nullptr, 0);
+  narrow(nullptr, {Form::Split, nullptr, nullptr}, {}, 0);
 }
 
 }  // namespace
