@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -11,13 +12,62 @@
 #include "ops/derivative.h"
 #include "ops/fresh.h"
 
+#ifdef DS_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <cuda_runtime_api.h>
+#endif
+
 namespace ds::ops {
 
-int64_t check_labels(const at::Tensor& labels, const kernels::CrossEntropy& c) {
-  const at::Tensor host = labels.is_cpu() ? labels : labels.cpu();  // on a GPU this waits
+#ifdef DS_WITH_CUDA
+namespace {
+
+// A word for each GPU, see Note [Labels on a GPU].
+class LabelReports {
+ public:
+  // The memory stays to the end: kernels may still run when statics go.
+  static LabelReports& instance() {
+    static auto* reports = new LabelReports;
+    return *reports;
+  }
+
+  uint64_t* on_device(at::Device device) const { return device_ + device.index(); }
+
+  void raise(at::Device device) {
+    volatile int64_t& word = host_.mutable_data_ptr<int64_t>()[device.index()];
+    const auto said = static_cast<uint64_t>(word);
+    if (said == 0) return;
+    word = 0;
+    const kernels::BadLabel bad = kernels::bad_label_of(said);
+    TORCH_CHECK_VALUE(false, "labels[", bad.row, "] of an earlier cross-entropy on ", device, " was ", bad.label,
+                      ", which is neither in the vocabulary nor ignore_index: that row's loss and gradient are NaN");
+  }
+
+ private:
+  LabelReports() : host_(at::zeros({c10::cuda::device_count()}, at::TensorOptions().dtype(at::kLong).pinned_memory(true))) {
+    void* address = nullptr;
+    C10_CUDA_CHECK(cudaHostGetDevicePointer(&address, host_.mutable_data_ptr(), 0));
+    device_ = static_cast<uint64_t*>(address);
+  }
+
+  at::Tensor host_;
+  uint64_t* device_ = nullptr;
+};
+
+}  // namespace
+#endif
+
+std::optional<int64_t> check_labels(const at::Tensor& labels, const kernels::CrossEntropy& c) {
+#ifdef DS_WITH_CUDA
+  if (labels.is_cuda()) {
+    LabelReports::instance().raise(labels.device());
+    return std::nullopt;
+  }
+#endif
   int64_t counted = 0;
-  const auto* values = static_cast<const int64_t*>(data(host));
-  const int64_t bad = kernels::find_bad_label(values, host.numel(), c, &counted);
+  const auto* values = labels.const_data_ptr<int64_t>();
+  const int64_t bad = kernels::find_bad_label(values, labels.numel(), c, &counted);
   TORCH_CHECK_VALUE(bad < 0, "labels[", bad, "] is ", values[bad < 0 ? 0 : bad], ", must lie in [0, ", c.columns, ") or be the ignored ", c.ignored);
   return counted;
 }
@@ -32,11 +82,16 @@ void check_settings(double smoothing, double z_loss) {
   TORCH_CHECK_VALUE(z_loss >= 0.0, "z_loss must not be negative, got ", z_loss);
 }
 
-void losses_of_rows(float* losses, float* stats, const at::Tensor& logits, const int64_t* labels, const kernels::CrossEntropy& c) {
+void losses_of_rows(float* losses, float* stats, const at::Tensor& logits, const int64_t* labels, const kernels::CrossEntropy& c,
+                    [[maybe_unused]] int64_t first_row) {
   const int64_t rows = logits.size(0);
   const DType dtype = to_dtype(logits.scalar_type());
 #ifdef DS_WITH_CUDA
-  if (logits.is_cuda()) return kernels::cross_entropy(losses, stats, data(logits), dtype, labels, c, rows, OnGpu(logits).stream());
+  if (logits.is_cuda()) {
+    const OnGpu gpu(logits);
+    const kernels::LabelReport report{LabelReports::instance().on_device(logits.device()), first_row};
+    return kernels::cross_entropy(losses, stats, data(logits), dtype, labels, c, rows, gpu.stream(), report);
+  }
 #endif
   const void* x = data(logits);
   for_chunks(rows, std::max<int64_t>(1, kChunkElements / c.columns),
@@ -50,7 +105,8 @@ void gradients_of_rows(void* dx, const at::Tensor& logits, const int64_t* labels
   const void* x = data(logits);
 #ifdef DS_WITH_CUDA
   if (logits.is_cuda()) {
-    return kernels::cross_entropy_backward(dx, x, dtype, labels, stats, weights, weight, c, rows, OnGpu(logits).stream());
+    const OnGpu gpu(logits);
+    return kernels::cross_entropy_backward(dx, x, dtype, labels, stats, weights, weight, c, rows, gpu.stream());
   }
 #endif
   for_chunks(rows, std::max<int64_t>(1, kChunkElements / c.columns), [&](int64_t, int64_t begin, int64_t end) {
@@ -100,7 +156,7 @@ void backward_into(const at::Tensor& dx, const at::Tensor& grad, const at::Tenso
   check_device(stats, "stats", logits, "logits");
   if (logits.numel() == 0) return;
   const at::Tensor g = grad.contiguous(), t = labels.contiguous(), s = stats.contiguous();
-  if (t.is_cpu()) check_labels(t, c);  // on the CPU a label is an index; a GPU's threads compare it with theirs
+  check_labels(t, c);
   gradients_of_rows(mutable_data(dx), logits, t.const_data_ptr<int64_t>(), s.const_data_ptr<float>(), g.const_data_ptr<float>(), 1.0f, c);
 }
 

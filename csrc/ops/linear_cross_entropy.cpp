@@ -95,7 +95,7 @@ class Chunks {
     else at::mm_out(logits, hidden, weight_.t());
     const auto* labels = labels_.const_data_ptr<int64_t>() + begin;
     auto* stats = stats_.mutable_data_ptr<float>();
-    losses_of_rows(losses_.mutable_data_ptr<float>() + begin, stats, logits, labels, c_);
+    losses_of_rows(losses_.mutable_data_ptr<float>() + begin, stats, logits, labels, c_, begin);
     if (!d_hidden_.defined() && !d_weight_.defined() && !d_bias_.defined()) return;
     const float* weights = row_weights.defined() ? row_weights.const_data_ptr<float>() + begin : nullptr;
     gradients_of_rows(logits.mutable_data_ptr(), logits, labels, stats, weights, row_weight, c_);
@@ -134,19 +134,25 @@ Four chunks(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTe
   check_settings(smoothing, z_loss);
   TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "reduction must be 0, 1 or 2, got ", reduction);
   const CrossEntropy c{weight.size(0), ignored, static_cast<float>(smoothing), static_cast<float>(z_loss)};
-  const at::Tensor t = labels.contiguous(), w = row_weights.has_value() ? row_weights->contiguous() : at::Tensor();
+  const at::Tensor t = labels.contiguous();
+  at::Tensor w = row_weights.has_value() ? row_weights->contiguous() : at::Tensor();
   if (w.defined()) {
     TORCH_CHECK_VALUE(w.scalar_type() == at::kFloat, "row_weights: dtype must be float32, not ", w.scalar_type());
     check_shape(w, "row_weights", labels.sizes());
     check_device(w, "row_weights", hidden, "hidden");
   }
-  const int64_t counted = check_labels(t, c);
+  const std::optional<int64_t> known = check_labels(t, c);
+  at::Tensor counted;  // labels that are not ignored; a GPU keeps the number to itself
+  if (reduction == kMean && !known) {
+    counted = t.ne(ignored).sum();
+    if (!w.defined()) w = counted.to(at::kDouble).reciprocal().to(at::kFloat).expand_as(t).contiguous();
+  }
   Chunks pass(hidden.contiguous(), weight, bias, t, c, tokens_of_chunk(chunk_tokens, hidden, weight.size(0)));
   pass.want(needs[0], needs[1], needs[2]);
-  pass.run(w, reduction == kMean && counted != 0 ? static_cast<float>(1.0 / static_cast<double>(counted)) : 1.0f);
+  pass.run(w, reduction == kMean && known.value_or(0) != 0 ? static_cast<float>(1.0 / static_cast<double>(*known)) : 1.0f);
   at::Tensor loss = pass.losses();
   if (reduction != kNone) loss = loss.sum(at::kDouble);
-  if (reduction == kMean) loss = loss.div(static_cast<double>(counted));  // of no token: NaN
+  if (reduction == kMean) loss = known ? loss.div(static_cast<double>(*known)) : loss.div(counted);  // of no token: NaN
   const auto or_empty = [&](const at::Tensor& g) { return g.defined() ? g : at::empty({0}, hidden.options()); };
   return {loss.to(at::kFloat), or_empty(pass.d_hidden()), or_empty(pass.d_weight()),
           or_empty(pass.d_bias(bias.has_value() ? bias->scalar_type() : hidden.scalar_type()))};

@@ -47,7 +47,8 @@ def cross_entropy(logits, labels, ignore_index=-100, label_smoothing=0.0, reduct
     inplace_backward: the gradient is written over the logits, which must be contiguous, and of which nobody may have need afterwards.
 
     Computed in float32, forward keeps two floats a row beside the logits themselves; the loss has the logits' dtype, like torch's.
-    Raises ValueError naming the argument, and the position of a label out of range; on a GPU that check waits for the labels.
+    Raises ValueError naming the argument, and the position of a label out of range. On a GPU nothing waits to look: such a row reads nothing out of
+    bounds, its loss and gradient are NaN, and the ValueError with its position comes with a later cross-entropy, forward or backward, on that device.
     """
     kind = _reduction(reduction)
     check_dense(logits=logits, labels=labels)
@@ -85,7 +86,7 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
     Under ZeRO stage 3: with "mean" and "sum", but for float16, the weight is read in forward only, so it may be freed and sharded from then on; give it
     gathered, as it is inside the forward of the module that owns it (FusedLinearCrossEntropy does), or under GatheredParameters. With
     "none" it must be gathered in backward too, which the owning module's hooks see to.
-    Raises ValueError naming the argument, and the position of a label out of range; on a GPU that check waits for the labels.
+    Raises ValueError naming the argument, and the position of a label out of range; on a GPU as in cross_entropy(): NaN now, the error later.
     """
     kind = _reduction(reduction)
     check_dense(hidden=hidden, weight=weight, labels=labels, bias=bias)

@@ -12,8 +12,15 @@ using namespace cuda;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    loss_kernel(float* loss, float* stats, const typename T::Raw* x, const int64_t* labels, CrossEntropy c, bool is_aligned) {
+    loss_kernel(float* loss, float* stats, const typename T::Raw* x, const int64_t* labels, CrossEntropy c, LabelReport report, bool is_aligned) {
   const int64_t row = blockIdx.x, label = labels[row];
+  if (is_out_of_range(c, label)) {  // the whole block
+    if (threadIdx.x == 0) {
+      loss[row] = stats[2 * row] = stats[2 * row + 1] = NAN;
+      if (report.word != nullptr) *static_cast<volatile uint64_t*>(report.word) = bad_label_word(report.first_row + row, label);
+    }
+    return;
+  }
   if (label == c.ignored) {  // the whole block
     if (threadIdx.x == 0) {
       loss[row] = stats[2 * row] = 0.0f;
@@ -52,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
     gradient_kernel(typename T::Raw* dx, const typename T::Raw* x, const int64_t* labels, const float* stats, const float* weights, float weight,
                     CrossEntropy c, bool is_aligned) {
   const int64_t row = blockIdx.x, label = labels[row];
-  const float w = weights != nullptr ? weights[row] : weight;
+  const float w = is_out_of_range(c, label) ? NAN : weights != nullptr ? weights[row] : weight;
   const bool nothing = label == c.ignored || w == 0.0f;
   const RowStats s{stats[2 * row], stats[2 * row + 1]};
   const RowGradient g(c, s, w);
@@ -82,12 +89,12 @@ bool any_rows(const CrossEntropy& c, int64_t rows) {
 }  // namespace
 
 void cross_entropy(float* loss, float* stats, const void* x, DType dtype, const int64_t* labels, const CrossEntropy& c, int64_t rows,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, const LabelReport& report) {
   if (!any_rows(c, rows)) return;
   check_arrays(rows, {{loss, "loss"}, {stats, "stats"}, {x, "x"}, {labels, "labels"}});
   dispatch_float(dtype, "x", [&](auto tag) {
     using T = decltype(tag);
-    launch("cross_entropy", loss_kernel<T>, rows, stream, loss, stats, static_cast<const typename T::Raw*>(x), labels, c,
+    launch("cross_entropy", loss_kernel<T>, rows, stream, loss, stats, static_cast<const typename T::Raw*>(x), labels, c, report,
            aligned({x}) && c.columns % kPerThread == 0);
   });
 }

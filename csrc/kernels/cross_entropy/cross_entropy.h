@@ -7,7 +7,7 @@
 // x, dx: [rows, columns], rows one after the other, one storage format, any alignment; dx may be x. stats: [rows, 2], a row's largest logit
 // and its sum of exp(x - largest): apart they give the gradient more exactly than lse = largest + log(sum) would; {0, 1} where ignored.
 // Labels and losses: one a row. Outputs are overwritten. Arithmetic is float32 (float64 in the reference). Labels must lie in [0, columns)
-// or be `ignored`: see find_bad_label. Nothing is owned, nothing starts threads: calls take rows [begin, end), and a row's bits do not
+// or be `ignored`: see find_bad_label; the CUDA twins do without. Nothing is owned, nothing starts threads: calls take rows [begin, end), and a row's bits do not
 // depend on the cut.
 #pragma once
 
@@ -41,8 +41,20 @@ void cross_entropy_backward_ref(void* dx, const void* x, DType dtype, const int6
                                 float weight, const CrossEntropy& c, int64_t begin, int64_t end);
 
 // CUDA twins (built with DS_CUDA): device pointers, all rows [0, rows), launched on `stream`; nothing waits. A block owns a row.
+// Labels need not have been checked: a row whose label is out of range reads nothing by it, and its loss, stats and gradient are NaN.
+// Where `report` has a word, such a row is written there too (bad_label_word, of any one of them if there are several). The word may be
+// page-locked memory of the host.
+struct LabelReport {
+  uint64_t* word = nullptr;
+  int64_t first_row = 0;  // the number of row 0
+};
+struct BadLabel {
+  int64_t row, label;  // of at most 31 bits and a sign; beyond them the nearest
+};
+BadLabel bad_label_of(uint64_t word);  // of a word that is not 0
+
 void cross_entropy(float* loss, float* stats, const void* x, DType dtype, const int64_t* labels, const CrossEntropy& c, int64_t rows,
-                   cudaStream_t stream);
+                   cudaStream_t stream, const LabelReport& report = {});
 void cross_entropy_backward(void* dx, const void* x, DType dtype, const int64_t* labels, const float* stats, const float* weights, float weight,
                             const CrossEntropy& c, int64_t rows, cudaStream_t stream);
 

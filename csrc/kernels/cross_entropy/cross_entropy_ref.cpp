@@ -19,6 +19,8 @@ int64_t find_bad_label(const int64_t* labels, int64_t n, const CrossEntropy& c, 
   return -1;
 }
 
+BadLabel bad_label_of(uint64_t word) { return {static_cast<int64_t>(word >> 32), static_cast<int32_t>(static_cast<uint32_t>(word))}; }
+
 void cross_entropy_ref(float* loss, float* stats, const void* x, DType dtype, const int64_t* labels, const CrossEntropy& c, int64_t begin,
                        int64_t end) {
   dispatch_float(dtype, "x", [&](auto tag) {

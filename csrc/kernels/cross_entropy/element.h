@@ -14,6 +14,16 @@
 
 namespace ds::kernels {
 
+DS_CE_FN bool is_out_of_range(const CrossEntropy& c, int64_t label) {
+  return static_cast<uint64_t>(label) >= static_cast<uint64_t>(c.columns) && label != c.ignored;
+}
+
+// Row and label in one word, so that one store says both. It is not 0: label 0 is in range.
+DS_CE_FN uint64_t bad_label_word(int64_t row, int64_t label) {
+  const int64_t r = row > INT32_MAX ? INT32_MAX : row, l = label > INT32_MAX ? INT32_MAX : label < INT32_MIN ? INT32_MIN : label;
+  return static_cast<uint64_t>(r) << 32 | static_cast<uint32_t>(static_cast<int32_t>(l));
+}
+
 struct RowStats {
   float largest;
   float sum;  // of exp(x - largest)

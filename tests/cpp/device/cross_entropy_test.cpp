@@ -2,6 +2,8 @@
 // The CUDA cross-entropy, run on the host, against the float64 reference, element by element.
 #include "kernels/cross_entropy/cross_entropy.h"
 
+#include <algorithm>
+
 #include "arrays.h"
 #include "base/error.h"
 
@@ -154,6 +156,50 @@ TEST(DeviceCrossEntropy, HiddenLogitsAndNans) {
       cross_entropy(loss, stats, x.data(), DType::F32, label.as<int64_t>(), c, 1, nullptr);
       EXPECT_TRUE(std::isnan(*loss));
       x.set(at, kept);
+    }
+  }
+}
+
+// The row before is whole, the row after too, and nothing is read by the label: the pages around x may not be touched.
+TEST(DeviceCrossEntropy, LabelsOutOfRangeMakeTheirRowNanAndAreReported) {
+  constexpr int64_t kNumber = 1000;  // what the report calls row 0
+  for (DType dtype : kFloats) {
+    for (int64_t columns : {1, 5, 1028}) {
+      for (int64_t bad : {int64_t{-1}, columns, columns + 1, int64_t{1} << 32, int64_t{1} << 40, INT64_MAX, INT64_MIN}) {
+        for (const CrossEntropy& c : settings(columns)) {
+          if (bad == c.ignored) continue;
+          SCOPED_TRACE(std::string(dtype_name(dtype)) + " columns " + std::to_string(columns) + " label " + std::to_string(bad));
+          Rows rows(dtype, columns, c, 0), good(dtype, columns, c, 0);
+          rows.labels.as<int64_t>()[4] = good.labels.as<int64_t>()[4] = 0;
+          rows.labels.as<int64_t>()[2] = bad;
+          DeviceArray word(DType::I64, 1), dx(dtype, kRows * columns), want(dtype, kRows * columns);
+          auto* report = word.as<uint64_t>();
+          *report = 0;
+          cross_entropy(good.loss.floats(), good.stats.floats(), good.x.data(), dtype, good.label(), c, kRows, nullptr, {report, kNumber});
+          EXPECT_EQ(*report, 0u);
+          cross_entropy(rows.loss.floats(), rows.stats.floats(), rows.x.data(), dtype, rows.label(), c, kRows, nullptr, {report, kNumber});
+          EXPECT_EQ(bad_label_of(*report).row, kNumber + 2);
+          EXPECT_EQ(bad_label_of(*report).label, std::clamp<int64_t>(bad, INT32_MIN, INT32_MAX));
+          cross_entropy(rows.loss.floats(), rows.stats.floats(), rows.x.data(), dtype, rows.label(), c, kRows, nullptr);  // nobody to tell
+          for (const float* weights : {static_cast<const float*>(nullptr), rows.weights.as<const float>()}) {
+            cross_entropy_backward(want.data(), good.x.data(), dtype, good.label(), good.stats.floats(), weights, 0.25f, c, kRows, nullptr);
+            for (const float* stats : {rows.stats.floats(), good.stats.floats()}) {  // also where the forward pass saw another label
+              spoil(dx);
+              cross_entropy_backward(dx.data(), rows.x.data(), dtype, rows.label(), stats, weights, 0.25f, c, kRows, nullptr);
+              for (int64_t i = 0; i < kRows * columns; ++i) {
+                if (i / columns == 2) EXPECT_TRUE(std::isnan(dx.get(i))) << i;
+                else EXPECT_EQ(dx.get(i), want.get(i)) << i;
+              }
+            }
+          }
+          for (int64_t r = 0; r < kRows; ++r) {
+            EXPECT_EQ(std::isnan(rows.loss.get(r)), r == 2);
+            if (r != 2) EXPECT_EQ(rows.loss.get(r), good.loss.get(r));
+          }
+          EXPECT_TRUE(rows.guards_intact() && word.guards_intact() && dx.guards_intact());
+          if (HasFailure()) return;
+        }
+      }
     }
   }
 }
