@@ -11,6 +11,7 @@
 #include "ops/arguments.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
+#include "ops/meta.h"
 
 #ifdef DS_WITH_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -247,9 +248,9 @@ TORCH_LIBRARY_IMPL(deepspeed, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) { implement(m); }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
-  m.impl("cross_entropy", forward_meta);
-  m.impl("cross_entropy_backward", backward_meta);
-  m.impl("cross_entropy_backward_", in_place_meta);
+  implement_meta<forward_meta>(m, "cross_entropy");
+  implement_meta<backward_meta>(m, "cross_entropy_backward");
+  implement_meta<in_place_meta>(m, "cross_entropy_backward_");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("cross_entropy", forward_autograd); }
 

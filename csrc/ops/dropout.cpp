@@ -14,6 +14,7 @@
 #include "ops/bias.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
+#include "ops/meta.h"
 
 #ifdef DS_WITH_CUDA
 #include <ATen/cuda/CUDAGeneratorImpl.h>
@@ -220,9 +221,9 @@ TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
 }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
-  m.impl("philox_state", philox_state_meta);
-  m.impl("dropout_add", dropout_add_meta);
-  m.impl("dropout_add_backward", dropout_add_backward_meta);
+  implement_meta<philox_state_meta>(m, "philox_state");
+  implement_meta<dropout_add_meta>(m, "dropout_add");
+  implement_meta<dropout_add_backward_meta>(m, "dropout_add_backward");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
   m.impl("dropout_add", dropout_add_autograd);

@@ -10,6 +10,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -17,6 +18,7 @@
 #include "ops/derivative.h"
 #include "ops/cross_entropy.h"
 #include "ops/fresh.h"
+#include "ops/meta.h"
 
 namespace ds::ops {
 namespace {
@@ -161,7 +163,6 @@ Four chunks(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTe
 Four chunks_meta(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& labels, const OptionalTensor&,
                  int64_t reduction, int64_t, double, double, int64_t, std::array<bool, 3> needs) {
   check_float(hidden, "hidden");
-  check_device(weight, "weight", hidden, "hidden");
   check_label_tensor(labels, hidden, "hidden");
   const auto like = [&](bool wanted, const at::Tensor& t) {
     return wanted ? at::empty_like(t, at::MemoryFormat::Contiguous) : at::empty({0}, hidden.options());
@@ -265,9 +266,11 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
 
 at::Tensor autograd(const at::Tensor& hidden, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& labels, int64_t reduction,
                     int64_t ignored, double smoothing, double z_loss, int64_t chunk_tokens) {
-  const bool wanted = at::GradMode::is_enabled() &&
-                      (hidden.requires_grad() || weight.requires_grad() || (bias.has_value() && bias->requires_grad()));
-  if (wanted) return LinearCrossEntropy::apply(hidden, weight, bias, labels, reduction, ignored, smoothing, z_loss, chunk_tokens);
+  const auto any = [&](auto&& holds) { return holds(hidden) || holds(weight) || (bias.has_value() && holds(*bias)); };
+  const bool wanted = at::GradMode::is_enabled() && any([](const at::Tensor& t) { return t.requires_grad(); });
+  // Forward-mode derivatives are refused by Function::apply.
+  const bool has_tangent = any([](const at::Tensor& t) { return torch::autograd::isFwGradDefined(t); });
+  if (wanted || has_tangent) return LinearCrossEntropy::apply(hidden, weight, bias, labels, reduction, ignored, smoothing, z_loss, chunk_tokens);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return loss_only(hidden, weight, bias, labels, reduction, ignored, smoothing, z_loss, chunk_tokens);
 }
@@ -292,9 +295,9 @@ TORCH_LIBRARY_IMPL(deepspeed, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) { implement(m); }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
-  m.impl("linear_cross_entropy_chunks", chunks_meta);
-  m.impl("linear_cross_entropy", loss_only);
-  m.impl("scale_unless_one_", scale_unless_one_meta);
+  implement_meta<chunks_meta>(m, "linear_cross_entropy_chunks");
+  implement_meta<loss_only>(m, "linear_cross_entropy");
+  implement_meta<scale_unless_one_meta>(m, "scale_unless_one_");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("linear_cross_entropy", autograd); }
 

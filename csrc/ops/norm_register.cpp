@@ -6,6 +6,7 @@
 
 #include "ops/arguments.h"
 #include "ops/derivative.h"
+#include "ops/meta.h"
 #include "ops/norm.h"
 
 namespace ds::ops {
@@ -89,9 +90,6 @@ Tensor rms_norm_backward_(Tensor& dy, const Maybe& dh, const Tensor& h, const Ma
 Normed norm_forward_meta(const NormInputs& in) {
   check_float(in.x, "x");
   TORCH_CHECK_VALUE(in.x.dim() >= 1, "x must have at least one dimension");
-  if (in.residual.defined()) check_device(in.residual, "residual", in.x, "x");
-  if (in.weight.defined()) check_device(in.weight, "weight", in.x, "x");
-  if (in.bias.defined()) check_device(in.bias, "bias", in.x, "x");
   const auto sizes = in.x.sym_sizes();
   const auto like_x = [&] { return at::empty_symint(sizes, in.x.options()); };
   const auto statistic = [&] { return at::empty_symint(sizes.slice(0, sizes.size() - 1), in.x.options().dtype(at::kFloat)); };
@@ -101,8 +99,6 @@ Normed norm_forward_meta(const NormInputs& in) {
 Three norm_backward_meta(const NormGradInputs& in) {
   check_float(in.h, "h");
   TORCH_CHECK_VALUE(in.h.dim() >= 1, "h must have at least one dimension");
-  check_device(in.dy, "dy", in.h, "h");
-  if (in.dh.defined()) check_device(in.dh, "dh", in.h, "h");
   const auto sizes = in.h.sym_sizes();
   const auto options = in.h.options().dtype(in.parameter_dtype.value_or(at::kFloat));
   const auto parameter = [&] { return at::empty_symint({in.parameter_dtype.has_value() ? sizes.back() : c10::SymInt(0)}, options); };
@@ -273,16 +269,25 @@ Two rms_norm_backward_autograd(const Tensor& dy, const Maybe& dh, const Tensor& 
 
 // ---- registration --------------------------------------------------------------------------------------------------
 
-template <Forward kForward, Backward kBackward>
+template <auto kernel, bool kMeta>
+void add(torch::Library& m, const char* op) {
+  if constexpr (kMeta) {
+    implement_meta<kernel>(m, op);
+  } else {
+    m.impl(op, kernel);
+  }
+}
+
+template <Forward kForward, Backward kBackward, bool kMeta = false>
 void implement(torch::Library& m) {
-  m.impl("layer_norm", &layer_norm<kForward>);
-  m.impl("layer_norm_residual", &layer_norm_residual<kForward>);
-  m.impl("layer_norm_backward", &layer_norm_backward<kBackward>);
-  m.impl("layer_norm_backward_", &layer_norm_backward_<kBackward>);
-  m.impl("rms_norm", &rms_norm<kForward>);
-  m.impl("rms_norm_residual", &rms_norm_residual<kForward>);
-  m.impl("rms_norm_backward", &rms_norm_backward<kBackward>);
-  m.impl("rms_norm_backward_", &rms_norm_backward_<kBackward>);
+  add<&layer_norm<kForward>, kMeta>(m, "layer_norm");
+  add<&layer_norm_residual<kForward>, kMeta>(m, "layer_norm_residual");
+  add<&layer_norm_backward<kBackward>, kMeta>(m, "layer_norm_backward");
+  add<&layer_norm_backward_<kBackward>, kMeta>(m, "layer_norm_backward_");
+  add<&rms_norm<kForward>, kMeta>(m, "rms_norm");
+  add<&rms_norm_residual<kForward>, kMeta>(m, "rms_norm_residual");
+  add<&rms_norm_backward<kBackward>, kMeta>(m, "rms_norm_backward");
+  add<&rms_norm_backward_<kBackward>, kMeta>(m, "rms_norm_backward_");
 }
 
 }  // namespace
@@ -308,7 +313,7 @@ TORCH_LIBRARY_IMPL(deepspeed, CPU, m) { implement<norm_forward_cpu, norm_backwar
 #ifdef DS_WITH_CUDA
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) { implement<norm_forward_cuda, norm_backward_cuda>(m); }
 #endif
-TORCH_LIBRARY_IMPL(deepspeed, Meta, m) { implement<norm_forward_meta, norm_backward_meta>(m); }
+TORCH_LIBRARY_IMPL(deepspeed, Meta, m) { implement<norm_forward_meta, norm_backward_meta, true>(m); }
 
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
   m.impl("layer_norm", &layer_norm_autograd);

@@ -11,6 +11,7 @@
 #include "ops/arguments.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
+#include "ops/meta.h"
 
 namespace ds::ops {
 namespace {
@@ -349,11 +350,11 @@ TORCH_LIBRARY_IMPL(deepspeed, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) { implement(m); }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
-  m.impl("quantize", &quantize_meta);
-  m.impl("quantize_feedback", &quantize_feedback_meta);
-  m.impl("dequantize", &dequantize_meta);
-  m.impl("dequantize_reduce", &dequantize_reduce_meta);
-  m.impl("fake_quantize", &fake_quantize_meta);
+  implement_meta<quantize_meta>(m, "quantize");
+  implement_meta<quantize_feedback_meta>(m, "quantize_feedback");
+  implement_meta<dequantize_meta>(m, "dequantize");
+  implement_meta<dequantize_reduce_meta>(m, "dequantize_reduce");
+  implement_meta<fake_quantize_meta>(m, "fake_quantize");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
   m.impl("fake_quantize", &fake_quantize_autograd);

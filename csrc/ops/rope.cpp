@@ -12,6 +12,7 @@
 #include "kernels/rope/rope.h"
 #include "ops/arguments.h"
 #include "ops/derivative.h"
+#include "ops/meta.h"
 
 namespace ds::ops {
 namespace {
@@ -235,8 +236,8 @@ TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
 }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
-  m.impl("rope", rope_meta);
-  m.impl("rope_", rope_meta_);
+  implement_meta<rope_meta>(m, "rope");
+  implement_meta<rope_meta_>(m, "rope_");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
   m.impl("rope", rope_autograd);

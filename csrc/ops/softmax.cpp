@@ -9,6 +9,7 @@
 #include "ops/arguments.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
+#include "ops/meta.h"
 
 namespace ds::ops {
 namespace {
@@ -258,9 +259,9 @@ TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
 }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
-  m.impl("scaled_masked_softmax", forward_meta);
-  m.impl("scaled_masked_softmax_backward", backward_meta);
-  m.impl("scaled_masked_softmax_backward_", backward_meta_);
+  implement_meta<forward_meta>(m, "scaled_masked_softmax");
+  implement_meta<backward_meta>(m, "scaled_masked_softmax_backward");
+  implement_meta<backward_meta_>(m, "scaled_masked_softmax_backward_");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("scaled_masked_softmax", forward_autograd); }
 
