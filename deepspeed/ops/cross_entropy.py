@@ -58,6 +58,8 @@ def cross_entropy(logits, labels, ignore_index=-100, label_smoothing=0.0, reduct
     if inplace_backward and not logits.is_contiguous():
         raise ValueError("logits must be contiguous to be overwritten by their gradient (inplace_backward)")
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad:
+        if logits.is_leaf:
+            raise ValueError("logits is a leaf of the graph: its gradient cannot take its memory (inplace_backward)")
         losses = _IntoLogits.apply(rows, targets, ignore_index, label_smoothing, z_loss)
     else:
         losses, _ = ops().cross_entropy(rows, targets, ignore_index, label_smoothing, z_loss)
@@ -94,9 +96,8 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
         raise ValueError(f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}: expected {tuple(hidden.shape[:-1])}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
-    device = hidden.device.type
-    # A matrix product, to autocast. (The meta device has none; whether a device has, torch.compile could not follow.)
-    if device != "meta" and torch.is_autocast_enabled(device):
+    device = hidden.device.type  # the meta device has no autocast
+    if device != "meta" and torch.is_autocast_enabled(device):  # a matrix product, to autocast
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])

@@ -174,12 +174,6 @@ def test_no_gradients_are_made_that_nobody_wants(device):
     torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, labels).detach(), rtol=0, atol=0)
 
 
-def test_sizes_alone():
-    hidden, weight, labels = torch.empty(6, 4, device="meta"), torch.empty(10, 4, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
-    assert linear_cross_entropy(hidden, weight, labels, reduction="none").shape == (6,)
-    assert cross_entropy(hidden @ weight.t(), labels).shape == ()
-
-
 def test_labels_out_of_range_are_named_by_position(device):
     hidden, weight = torch.randn(6, 4, device=device), torch.randn(10, 4, device=device)
     for bad in (-1, 10, -100):
@@ -292,3 +286,22 @@ def test_threads_change_no_bit_of_the_rows():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_leaf_keeps_its_memory():
+    leaf = torch.randn(4, 7, requires_grad=True)
+    with pytest.raises(ValueError, match="logits is a leaf"):
+        cross_entropy(leaf, torch.arange(4), inplace_backward=True)
+    cross_entropy(leaf.detach(), torch.arange(4), inplace_backward=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_derivatives_are_refused(reduction):
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
+
+    def loss(hidden):
+        return linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.jvp(loss, (hidden,), (hidden,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
+        loss(torch.autograd.forward_ad.make_dual(hidden, hidden))
