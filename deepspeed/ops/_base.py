@@ -5,6 +5,7 @@ Note [Where an update runs]: parameters on the CPU, and on a GPU if CUDA code wa
 group's parameters in one call. On any other device the same formula runs in torch operations (``deepspeed.ops.reference``).
 """
 import contextlib
+import re
 
 import torch
 
@@ -15,6 +16,18 @@ from deepspeed.ops._storage import OPTION_NAMES, Storage
 # Keys of torch.optim groups that would change the update and that these optimizers do not have.
 _REFUSED = ("amsgrad", "maximize", "differentiable")
 _HARMLESS = ("foreach", "fused", "capturable")  # those that choose among torch's implementations of one update
+
+
+def _number(key, value):
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{key} must be a number, got {value!r}") from None
+
+
+def _are_two_below_one(betas):
+    betas = tuple(betas)
+    return len(betas) == 2 and all(0.0 <= _number("betas", beta) < 1.0 for beta in betas)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -52,7 +65,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_storage" not in self.__dict__:
             self._storage = Storage.of_states(type(self).__name__, self.state, self.state_names)
-        self._numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        self._numbers = {}
 
     @property
     def storage(self):
@@ -64,8 +77,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)
             self._check_groups(len(self.param_groups) - 1)
             self._check_params(self.param_groups[-1])
-        for p in self.param_groups[-1]["params"]:
-            self._numbers[p] = len(self._numbers)
 
     def _check_params(self, group):
         for p in group["params"]:
@@ -108,16 +119,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{key} must be a number, got {group[key]!r}. If these parameter groups were made for another "
                                 "optimizer (Accelerate turns any into DeepSpeedCPUAdam when zero_optimization.offload_optimizer is on), use "
                                 "AdamW, or set \"zero_force_ds_cpu_optimizer\": false in the configuration")
-            if not float(group[key]) >= 0.0:
+            if not _number(key, group[key]) >= 0.0:
                 raise ValueError(f"{key} must not be negative or NaN, got {group[key]}")
-        for beta in group.get("betas", ()):
-            if not 0.0 <= float(beta) < 1.0:
-                raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+        if "betas" in group and not _are_two_below_one(group["betas"]):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
 
     def _names_in(self, group):
         """The states that a group's parameters have."""
         return self.state_names
 
+    # Not for torch.compile: there is nothing in it to compile, but a line for each of a model's parameters to trace.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given."""
@@ -137,17 +149,31 @@ class FusedOptimizer(torch.optim.Optimizer):
             device = params[0].device
             backend = _backend(device)
             now = [{"step": 0, **self._fresh(p, names), **s} for p, s in zip(params, states)] if is_new else states
-            options = self._storage.call_options(params, now, names, step, self._numbers)
+            options = self._storage.call_options(params, now, names, step, self._places)
             if options and backend is not lib():
                 raise ValueError(f"{type(self).__name__}: {', '.join(options)}: no kernel for parameters on {device}")
             lists = [params, grads, *([s[name] for s in now] for name in names)]
             if self._has_dtensors:
                 lists = self._local(*lists)
-            self._update(group, step, is_new, *lists[:2], lists[2:], backend, options)
+            try:
+                self._update(group, step, is_new, *lists[:2], lists[2:], backend, options)
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: {self._owner(str(error), params)}{error}") from None
             for state, tensors in zip(states, now):
                 if is_new:
                     state.update(tensors)
                 state["step"] = step
+
+    def _places(self, params):
+        """The parameters' places in the groups, counted through. Somebody may have put another parameter into a group's list."""
+        if any(p not in self._numbers for p in params):
+            self._numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        return [self._numbers[p] for p in params]
+
+    def _owner(self, message, params):
+        """Whose array a kernel's message blames, which counts those of its call."""
+        index = re.search(r"^\w+\[(\d+)\]", message)
+        return f"{name_of(self, params[int(index[1])])}: " if index else ""
 
     def _fresh(self, p, names):
         if is_plain(p):
@@ -206,6 +232,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _restore(self, p, group, saved):
         own = self.state[p]
+        if "step" in own:
+            own["step"] = int(own["step"])  # torch's is a tensor, which goes on counting if the optimizer that it was saved from does
         for theirs, ours in self.torch_names.items():
             if theirs in saved:
                 saved = {ours: saved[theirs], **saved}

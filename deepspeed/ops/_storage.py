@@ -124,13 +124,13 @@ class Storage:
             tensor.copy_(value)
         return fresh
 
-    def call_options(self, params, states, names, step, numbers):
-        """The keyword arguments of lib().adam_step and its kin."""
+    def call_options(self, params, states, names, step, places):
+        """The keyword arguments of lib().adam_step and its kin. places(params): their numbers in the optimizer."""
         options = {}
         if params and self.splits(params[0]):
             options["low_bits"] = [s["low_bits"] for s in states]
         if self.is_8bit:
             options["scales"] = [[s[scale_key(name)] for s in states] for name in names]
         if self.is_stochastic:
-            options["rounding"] = (self.seed, step, [numbers[p] for p in params])
+            options["rounding"] = (self.seed, step, places(params))
         return options

@@ -52,12 +52,12 @@ class DeepSpeedCPUAdam(AdamBase):
         return loss
 
     @torch.no_grad()
-    def rollback_subgroup(self, subgroup_id, closure=None):
-        """Undoes the last step_subgroup(subgroup_id), to the bit: parameters, states and step counts. `closure` is called afterwards."""
-        self._subgroup(subgroup_id)
-        if int(subgroup_id) not in self._snapshots:
-            raise RuntimeError(f"rollback_subgroup: subgroup {subgroup_id} has no step to undo: only the last step_subgroup of it can be")
-        for p, values, state in self._snapshots.pop(int(subgroup_id)):
+    def rollback_subgroup(self, sub_group_id, closure=None):
+        """Undoes the last step_subgroup(sub_group_id), to the bit: parameters, states and step counts. `closure` is called afterwards."""
+        self._subgroup(sub_group_id)
+        if int(sub_group_id) not in self._snapshots:
+            raise RuntimeError(f"rollback_subgroup: subgroup {sub_group_id} has no step to undo: only the last step_subgroup of it can be")
+        for p, values, state in self._snapshots.pop(int(sub_group_id)):
             p.copy_(values)
             own = self.state[p]
             if not state:

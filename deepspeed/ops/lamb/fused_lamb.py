@@ -30,10 +30,13 @@ class FusedLamb(FusedOptimizer):
 
     def step(self, closure=None, grads=None, output_params=None, scale=None, grad_norms=None):
         """One update. Only `closure` is meant; the other arguments exist to be refused."""
-        if any(x is not None for x in (grads, output_params, scale, grad_norms)):
+        if any(x is not None for x in (grads, output_params, grad_norms)) or scale not in (None, 1.0):
             raise RuntimeError("FusedLamb.step() takes no grads, output_params, scale or grad_norms: gradients are read from the parameters")
-        self._coefficients = []
         return super().step(closure)
+
+    def _check_step(self):
+        super()._check_step()
+        self._coefficients = []
 
     def _update(self, group, step, is_new, params, grads, states, backend, options):
         beta1, beta2 = group["betas"]
@@ -42,7 +45,7 @@ class FusedLamb(FusedOptimizer):
             weight_decay=float(group["weight_decay"]), bias_correction=bool(group["bias_correction"]),
             eps_inside_sqrt=bool(group["eps_inside_sqrt"]), min_coeff=float(group["min_coeff"]), max_coeff=float(group["max_coeff"]),
             grad_scale=self._clip_scale(group), **options)
-        self._coefficients.append(([self._numbers[p] for p in params], ratios))  # on the device until somebody asks
+        self._coefficients.append((self._places(params), ratios))  # on the device until somebody asks
 
     def _clip_scale(self, group):
         limit = float(group["max_grad_norm"])

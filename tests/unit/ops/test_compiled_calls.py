@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from deepspeed.ops.activations import dropout_add
+from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.ops.cross_entropy import FusedLinearCrossEntropy
+from deepspeed.ops.lamb import FusedLamb
+from deepspeed.ops.lion import FusedLion
 from deepspeed.ops.rope import RotaryEmbedding
+from deepspeed.ops.sgd import FusedSGD
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -60,3 +65,34 @@ def test_tables_get_values_when_they_leave_the_meta_device():
         rotary = RotaryEmbedding(8, max_positions=16)
     rotary.to_empty(device="cpu")
     assert torch.equal(rotary.cos, RotaryEmbedding(8, max_positions=16).cos)
+
+
+@pytest.mark.parametrize("kind, options", [(FusedAdam, {}), (FusedLamb, {}), (FusedSGD, dict(momentum=0.9)), (FusedLion, {}), (DeepSpeedCPUAdagrad, {})])
+def test_a_compiled_training_step_may_hold_the_optimizer(kind, options):
+    torch._dynamo.reset()
+
+    def losses(compiled):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        optimizer = kind(model.parameters(), lr=0.01, **options)
+
+        def train(x):
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+        train = torch.compile(train, backend="eager") if compiled else train
+        x = torch.randn(16, 4)
+        return [train(x).item() for _ in range(4)]
+
+    assert losses(compiled=True) == losses(compiled=False)
+
+
+def test_a_compiled_step():
+    torch._dynamo.reset()
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    step = torch.compile(FusedLamb([p], lr=0.1).step, backend="eager")
+    step(), step()
+    assert (p < 0.9).all()

@@ -35,7 +35,7 @@ def step(steps, *pairs, seed=1):
         grads = [torch.randn(p.shape, generator=generator) for p in pairs[0][1]]
         for optimizer, params in pairs:
             for p, g in zip(params, grads):
-                p.grad = g.clone()
+                p.grad = g.to(p.dtype, copy=True)
             optimizer.step()
 
 
@@ -199,3 +199,57 @@ def test_sparse_gradients_are_refused_by_the_parameters_name():
     p.grad = torch.eye(4).to_sparse()
     with pytest.raises(RuntimeError, match="parameter 'table' has a sparse gradient"):
         FusedAdam([("table", p)]).step()
+
+
+@pytest.mark.parametrize("kind, options", [(FusedLamb, {}), (FusedAdam, dict(rounding="stochastic"))])
+def test_a_parameter_put_into_a_group_by_hand(kind, options):
+    ours, theirs = ([torch.nn.Parameter(p.detach().bfloat16()) for p in params] for params in twins((3, 5), (7,), (4,)))
+    optimizer = kind(ours[:2], lr=0.1, **options)
+    step(1, (optimizer, ours[:2]))
+    group = optimizer.param_groups[0]
+    group["params"][0] = ours[2]
+    fresh = kind([theirs[2], theirs[1]], lr=0.1, **options)
+    step(1, (optimizer, [ours[2]]), (fresh, [theirs[2]]), seed=2)
+    assert torch.equal(ours[2].detach(), theirs[2].detach())
+    if kind is FusedLamb:
+        assert len(optimizer.get_lamb_coeffs()) == 2
+
+
+def test_the_count_of_steps_is_not_shared_with_the_optimizer_that_was_saved():
+    ours, theirs = twins((5,))
+    there = torch.optim.AdamW(theirs, lr=0.01)
+    step(3, (there, theirs))
+    here = FusedAdam(ours, lr=0.01)
+    here.load_state_dict(there.state_dict())
+    step(4, (there, theirs))
+    assert here.state[ours[0]]["step"] == 3
+
+
+def test_a_message_of_the_kernels_names_the_parameter():
+    net = torch.nn.ParameterDict({"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3, dtype=torch.float64)})
+    for name, p in net.items():
+        p.grad = None if name == "a" else torch.ones_like(p)
+    optimizer = FusedAdam(net.named_parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"FusedAdam: parameter 'c': params\[1\]: dtype must be float32"):
+        optimizer.step()
+    assert torch.equal(net["b"].detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("options, kind, why", [(dict(lr=None), TypeError, "lr must be a number, got None"),
+                                                (dict(lr=torch.ones(2)), TypeError, "lr must be a number, got tensor"),
+                                                (dict(betas=(0.9,)), ValueError, "betas must be two numbers"),
+                                                (dict(betas=(0.9, 0.99, 0.999)), ValueError, "betas must be two numbers"),
+                                                (dict(betas=(0.9, None)), TypeError, "betas must be a number, got None")])
+def test_what_is_no_number_is_named(options, kind, why):
+    with pytest.raises(kind, match=f"FusedAdam: parameter group 0: {why}"):
+        FusedAdam([torch.nn.Parameter(torch.ones(3))], **options)
+
+
+def test_the_scale_of_one_that_lamb_is_called_with():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = FusedLamb([p], lr=0.1)
+    optimizer.step(scale=1.0)
+    assert (p < 1).all()
+    with pytest.raises(RuntimeError, match="takes no grads"):
+        optimizer.step(scale=2.0)
