@@ -31,7 +31,7 @@ def zeropower_via_newtonschulz5(G, steps=5):
     return (X.mT if tall else X).to(G.dtype)
 
 
-def zeropower_via_newtonschulz_gram(G, steps=5):
+def zeropower_via_gram_newtonschulz(G, steps=5):
     """As zeropower_via_newtonschulz5, iterating on the small Gram matrix: two products with the large side instead of two a step.
 
     With R = X X^T and Z = a I + b R + c R^2 an iteration is X <- Z X, hence R <- Z R Z. The product of the Zs is applied to X
@@ -56,7 +56,7 @@ def zeropower_via_newtonschulz_gram(G, steps=5):
     return (X.mT if tall else X).to(G.dtype)
 
 
-_ORTHOGONALISERS = {"standard": zeropower_via_newtonschulz5, "gram": zeropower_via_newtonschulz_gram}
+_ORTHOGONALISERS = {"standard": zeropower_via_newtonschulz5, "gram": zeropower_via_gram_newtonschulz}
 
 
 def _orthogonaliser(ns_method):

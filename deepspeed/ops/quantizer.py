@@ -62,7 +62,7 @@ def _seed_of(stochastic, seed):
     """The given seed or, for stochastic rounding without one, the next number of torch's CPU generator."""
     if seed is not None or not stochastic:
         return int(seed or 0)
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def quantize(x, format="int8", group_size=128, symmetric=True, *, stochastic=False, seed=None, offset=0, residual=None):

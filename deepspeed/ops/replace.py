@@ -103,6 +103,7 @@ def restore_modules(model):
 
 
 def _wanted(include, exclude):
+    include, exclude = ([names] if isinstance(names, str) else names for names in (include, exclude))
     names = [rule.name for rule in RULES]
     for name in [*(include or ()), *exclude]:
         if name not in names:

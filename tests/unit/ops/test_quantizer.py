@@ -389,3 +389,12 @@ def test_matmul_fp8():
     assert torch.equal(fp_quantizer.matmul_fp8(inp, codes, scale, 32, q), inp @ q.dequantize(codes))
     with pytest.raises(ValueError, match="quantization_group_size"):
         fp_quantizer.matmul_fp8(inp, codes, scale, 64, q)
+
+
+def test_a_seed_comes_from_the_cpu_generator_whatever_the_default_device():
+    x = torch.linspace(-1, 1, 100)
+    torch.manual_seed(3)
+    plain = quantizer.quantize(x, stochastic=True)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(quantizer.quantize(x, stochastic=True).data, plain.data)

@@ -378,3 +378,10 @@ def test_under_an_engine():
         assert losses[0] == pytest.approx(expected, rel=1e-6) and losses[-1] < losses[0]
     finally:
         engine.destroy()
+
+
+def test_one_rule_may_be_a_plain_name():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.GELU())
+    assert replace_modules(model, include="layer_norm").replaced == {"0": "layer_norm"}
+    restore_modules(model)
+    assert replace_modules(model, exclude="layer_norm").replaced == {"1": "activation"}

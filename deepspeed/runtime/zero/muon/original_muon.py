@@ -5,5 +5,5 @@ from deepspeed._lazy import attach, names
 __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.ops.muon",
             "Muon", "SingleDeviceMuon", "SingleDeviceMuonWithAuxAdam", "MuonWithAuxAdam", "muon_update",
-            "zeropower_via_newtonschulz5", "zeropower_via_newtonschulz_gram"),
+            "zeropower_via_gram_newtonschulz", "zeropower_via_newtonschulz5"),
 })
