@@ -85,16 +85,6 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_in, const Tensor& x_i
   return {dx, sums.join(bias)};
 }
 
-std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
-  return backward_cpu(grad, x, bias, act, false);
-}
-
-Tensor bias_act_backward_cpu_(Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
-  Tensor dbias = std::get<1>(backward_cpu(grad, x, bias, act, true));
-  mark_written(grad);
-  return dbias;
-}
-
 #ifdef DS_WITH_CUDA
 Tensor bias_act_cuda(const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act) {
   const Tensor bias_any = value_or_undefined(bias_in);
@@ -128,17 +118,19 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_in, const Tensor& x_
                              bias.defined() ? mutable_data(dbias) : nullptr, shape.rows, shape.cols, mutable_data(workspace), gpu.stream());
   return {dx, dbias};
 }
+#endif
 
-std::tuple<Tensor, Tensor> bias_act_backward_cuda(const Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
-  return backward_cuda(grad, x, bias, act, false);
+template <std::tuple<Tensor, Tensor> (*kRun)(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, bool)>
+std::tuple<Tensor, Tensor> bias_act_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  return kRun(grad, x, bias, act, false);
 }
 
-Tensor bias_act_backward_cuda_(Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
-  Tensor dbias = std::get<1>(backward_cuda(grad, x, bias, act, true));
+template <std::tuple<Tensor, Tensor> (*kRun)(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, bool)>
+Tensor bias_act_backward_(Tensor& grad, const Tensor& x, const OptionalTensor& bias, std::string_view act) {
+  Tensor dbias = std::get<1>(kRun(grad, x, bias, act, true));
   mark_written(grad);
   return dbias;
 }
-#endif
 
 Tensor bias_act_meta(const Tensor& x, const OptionalTensor& bias, std::string_view act) {
   activation_named(act);
@@ -193,14 +185,14 @@ TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
 }
 TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
   m.impl("bias_act", bias_act_cpu);
-  m.impl("bias_act_backward", bias_act_backward_cpu);
-  m.impl("bias_act_backward_", bias_act_backward_cpu_);
+  m.impl("bias_act_backward", bias_act_backward<backward_cpu>);
+  m.impl("bias_act_backward_", bias_act_backward_<backward_cpu>);
 }
 #ifdef DS_WITH_CUDA
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
   m.impl("bias_act", bias_act_cuda);
-  m.impl("bias_act_backward", bias_act_backward_cuda);
-  m.impl("bias_act_backward_", bias_act_backward_cuda_);
+  m.impl("bias_act_backward", bias_act_backward<backward_cuda>);
+  m.impl("bias_act_backward_", bias_act_backward_<backward_cuda>);
 }
 #endif
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {

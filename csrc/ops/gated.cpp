@@ -79,16 +79,6 @@ Pair backward_cpu(const Tensor& grad_in, const Tensor& gate_in, const Tensor& up
   return {dgate, dup};
 }
 
-Pair gated_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
-  return backward_cpu(grad, gate, up, act, false);
-}
-
-Tensor gated_backward_cpu_(Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
-  Tensor dup = std::get<1>(backward_cpu(grad, gate, up, act, true));
-  mark_written(grad);
-  return dup;
-}
-
 Tensor gated_halves_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::string_view act) {
   const Tensor bias = value_or_undefined(bias_in);
   check_halves(x_in, bias);
@@ -159,16 +149,6 @@ Pair backward_cuda(const Tensor& grad_in, const Tensor& gate_in, const Tensor& u
   return {dgate, dup};
 }
 
-Pair gated_backward_cuda(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
-  return backward_cuda(grad, gate, up, act, false);
-}
-
-Tensor gated_backward_cuda_(Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
-  Tensor dup = std::get<1>(backward_cuda(grad, gate, up, act, true));
-  mark_written(grad);
-  return dup;
-}
-
 kernels::CudaGatedInput halves_of(const Tensor& x, const Tensor& bias, const Rows& shape) {
   const DType bias_dtype = bias.defined() ? to_dtype(bias.scalar_type()) : DType::F32;
   return {data(x), Elements(x)(x, shape.cols), 2 * shape.cols, data(bias), bias_dtype};
@@ -207,6 +187,18 @@ Pair gated_halves_backward_cuda(const Tensor& grad_in, const Tensor& x_in, const
   return {dx, dbias};
 }
 #endif
+
+template <Pair (*kRun)(const Tensor&, const Tensor&, const Tensor&, std::string_view, bool)>
+Pair gated_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
+  return kRun(grad, gate, up, act, false);
+}
+
+template <Pair (*kRun)(const Tensor&, const Tensor&, const Tensor&, std::string_view, bool)>
+Tensor gated_backward_(Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view act) {
+  Tensor dup = std::get<1>(kRun(grad, gate, up, act, true));
+  mark_written(grad);
+  return dup;
+}
 
 Tensor gated_meta(const Tensor& gate, const Tensor& up, std::string_view act) {
   activation_named(act);
@@ -297,16 +289,16 @@ TORCH_LIBRARY_FRAGMENT(deepspeed, m) {
 }
 TORCH_LIBRARY_IMPL(deepspeed, CPU, m) {
   m.impl("gated", gated_cpu);
-  m.impl("gated_backward", gated_backward_cpu);
-  m.impl("gated_backward_", gated_backward_cpu_);
+  m.impl("gated_backward", gated_backward<backward_cpu>);
+  m.impl("gated_backward_", gated_backward_<backward_cpu>);
   m.impl("gated_halves", gated_halves_cpu);
   m.impl("gated_halves_backward", gated_halves_backward_cpu);
 }
 #ifdef DS_WITH_CUDA
 TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) {
   m.impl("gated", gated_cuda);
-  m.impl("gated_backward", gated_backward_cuda);
-  m.impl("gated_backward_", gated_backward_cuda_);
+  m.impl("gated_backward", gated_backward<backward_cuda>);
+  m.impl("gated_backward_", gated_backward_<backward_cuda>);
   m.impl("gated_halves", gated_halves_cuda);
   m.impl("gated_halves_backward", gated_halves_backward_cuda);
 }

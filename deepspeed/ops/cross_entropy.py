@@ -96,8 +96,9 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
         raise ValueError(f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}: expected {tuple(hidden.shape[:-1])}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
-    device = hidden.device.type  # the meta device has no autocast
-    if device != "meta" and torch.is_autocast_enabled(device):  # a matrix product, to autocast
+    device = hidden.device.type
+    # A matrix product, to autocast. (The meta device has none; whether a device has, torch.compile could not follow.)
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])

@@ -174,6 +174,12 @@ def test_no_gradients_are_made_that_nobody_wants(device):
     torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, labels).detach(), rtol=0, atol=0)
 
 
+def test_sizes_alone():
+    hidden, weight, labels = torch.empty(6, 4, device="meta"), torch.empty(10, 4, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
+    assert linear_cross_entropy(hidden, weight, labels, reduction="none").shape == (6,)
+    assert cross_entropy(hidden @ weight.t(), labels).shape == ()
+
+
 def test_labels_out_of_range_are_named_by_position(device):
     hidden, weight = torch.randn(6, 4, device=device), torch.randn(10, 4, device=device)
     for bad in (-1, 10, -100):
