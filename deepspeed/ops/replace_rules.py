@@ -10,11 +10,13 @@ from deepspeed.ops import activations, cross_entropy, normalization, softmax
 @dataclass(frozen=True)
 class Rule:
     """forwards: {candidate: forward(self, ...)}. candidates(module): which of them may fit, best guess first; none: the rule does not apply.
-    sample(module): random inputs, as many as the forward takes."""
+    sample(module): random inputs, as many as the forward takes. smaller(module): {child: (out_features, in_features)} of linear layers for a first trial of a
+    large module, or nothing."""
     name: str
     forwards: dict
     candidates: object
     sample: object
+    smaller: object = lambda module: {}
 
 
 # The children that a fused forward calls as the module's own does, hooks and all; it does without the others.
@@ -74,6 +76,15 @@ def _gated(activation):
     return forward
 
 
+def _smaller_mlp(module):
+    """A trial by widths that are as the module's modulo 64: of large MLPs nearly all time goes to matrix products that both forwards share."""
+    hidden, inner = module.gate_proj.in_features, module.gate_proj.out_features
+    if hidden * inner <= 1 << 18:
+        return {}
+    hidden, inner = (min(n, 256 + n % 64) for n in (hidden, inner))
+    return {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+
+
 def _gated_mlp_candidates(module):
     children = {name: child for name, child in module._modules.items() if child is not None}
     linear = all(type(children.get(name)) is torch.nn.Linear for name in CALLED)
@@ -112,7 +123,7 @@ RULES = (
          sample=lambda m: [_rows(*m.weight.shape)]),
     Rule("gated_mlp", {"swiglu": _gated(activations.swiglu), "geglu": _gated(activations.geglu),
                        "geglu_tanh": _gated(lambda gate, up: activations.geglu(gate, up, approximate="tanh"))},
-         candidates=_gated_mlp_candidates,
+         candidates=_gated_mlp_candidates, smaller=_smaller_mlp,
          sample=lambda m: [_rows(m.gate_proj.in_features)]),
     Rule("activation", {"gelu": lambda self, input: activations.bias_gelu(input),
                         "gelu_tanh": lambda self, input: activations.bias_gelu(input, approximate="tanh"),
