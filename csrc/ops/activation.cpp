@@ -36,7 +36,7 @@ Tensor bias_act_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::stri
   Tensor y = at::empty(x.sizes(), x.options());
   const bool past_caches = is_past_caches(y);
   const Rows shape = rows_of(x, bias);
-  const FloatVector b(bias);
+  const at::Tensor b = float_vector(bias);
   const DType dtype = to_dtype(x.scalar_type());
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
@@ -48,7 +48,7 @@ Tensor bias_act_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::stri
   } else {
     for_chunks(shape.rows, rows_in_chunk(shape.cols), [&](int64_t, int64_t begin, int64_t end) {
       const int64_t at = begin * shape.cols * unit;
-      kernels::bias_act(activation, dtype, from + at, b.data(), {to + at, past_caches}, end - begin, shape.cols);
+      kernels::bias_act(activation, dtype, from + at, floats(b), {to + at, past_caches}, end - begin, shape.cols);
     });
   }
   return y;
@@ -76,11 +76,11 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_in, const Tensor& x_i
     });
     return {dx, no_gradient(x)};
   }
-  const FloatVector b(bias);
+  const at::Tensor b = float_vector(bias);
   ColumnSums sums(shape.rows, shape.cols);
   for_chunks(shape.rows, sums.chunk(), [&](int64_t index, int64_t begin, int64_t end) {
     const int64_t at = begin * shape.cols * unit;
-    kernels::bias_act_backward(activation, dtype, dy + at, from + at, b.data(), {to + at, past_caches}, sums.part(index), end - begin, shape.cols);
+    kernels::bias_act_backward(activation, dtype, dy + at, from + at, floats(b), {to + at, past_caches}, sums.part(index), end - begin, shape.cols);
   });
   return {dx, sums.join(bias)};
 }

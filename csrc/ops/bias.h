@@ -12,6 +12,7 @@
 
 #include "kernels/reduce/reduce.h"
 #include "ops/arguments.h"
+#include "ops/float_vector.h"
 
 namespace ds::ops {
 
@@ -26,16 +27,6 @@ inline Rows rows_of(const at::Tensor& x, const at::Tensor& bias, int64_t parts =
   const int64_t cols = x.size(-1);
   return {cols == 0 ? 0 : x.numel() / cols, cols / parts};
 }
-
-// The values of a tensor as contiguous float32; null for an undefined one.
-class FloatVector {
- public:
-  explicit FloatVector(const at::Tensor& t) : values_(t.defined() ? t.to(at::kFloat).contiguous() : t) {}
-  const float* data() const { return static_cast<const float*>(ops::data(values_)); }
-
- private:
-  at::Tensor values_;
-};
 
 constexpr int64_t kChunkElements = 32768;
 

@@ -77,7 +77,7 @@ Tensor dropout_add_cpu(const Tensor& x_in, const Tensor& residual_in, const Opti
   check(x_in, residual_in, bias, p, state);
   const Tensor x = x_in.contiguous(), residual = residual_in.contiguous();
   Tensor y = at::empty(x.sizes(), x.options());
-  const FloatVector b(bias);
+  const at::Tensor b = float_vector(bias);
   const DType dtype = to_dtype(x.scalar_type());
   const auto dropout = dropout_of(p, state);
   const auto *from = static_cast<const char*>(x.const_data_ptr()), *rest = static_cast<const char*>(residual.const_data_ptr());
@@ -87,7 +87,7 @@ Tensor dropout_add_cpu(const Tensor& x_in, const Tensor& residual_in, const Opti
   const Rows shape = bias.defined() ? rows_of(x, bias) : Rows{x.numel(), 1};
   for_chunks(shape.rows, rows_in_chunk(shape.cols), [&](int64_t, int64_t begin, int64_t end) {
     const int64_t at = begin * shape.cols * unit;
-    kernels::dropout_add(dtype, from + at, b.data(), rest + at, to + at, dropout, begin, end - begin, shape.cols);
+    kernels::dropout_add(dtype, from + at, floats(b), rest + at, to + at, dropout, begin, end - begin, shape.cols);
   });
   return y;
 }

@@ -86,12 +86,12 @@ Tensor gated_halves_cpu(const Tensor& x_in, const OptionalTensor& bias_in, std::
   const Tensor x = x_in.contiguous();
   Tensor y = at::empty(half_of(x), x.options());
   const Rows shape = rows_of(x, bias, 2);
-  const FloatVector b(bias);
-  const float* up_bias = bias.defined() ? b.data() + shape.cols : nullptr;
+  const at::Tensor b = float_vector(bias);
+  const float* up_bias = bias.defined() ? floats(b) + shape.cols : nullptr;
   const Elements at(x);
   for_chunks(shape.rows, rows_in_chunk(shape.cols), [&](int64_t, int64_t begin, int64_t end) {
     const int64_t row = 2 * shape.cols * begin;
-    kernels::gated(activation, to_dtype(x.scalar_type()), {at(x, row), at(x, row + shape.cols), 2 * shape.cols, b.data(), up_bias},
+    kernels::gated(activation, to_dtype(x.scalar_type()), {at(x, row), at(x, row + shape.cols), 2 * shape.cols, floats(b), up_bias},
                    at.write(y, begin * shape.cols), end - begin, shape.cols);
   });
   return y;
@@ -108,15 +108,15 @@ Pair gated_halves_backward_cpu(const Tensor& grad_in, const Tensor& x_in, const 
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
   Tensor dx = at::empty(x.sizes(), x.options());
   const Rows shape = rows_of(x, bias, 2);
-  const FloatVector b(bias);
-  const float* up_bias = bias.defined() ? b.data() + shape.cols : nullptr;
+  const at::Tensor b = float_vector(bias);
+  const float* up_bias = bias.defined() ? floats(b) + shape.cols : nullptr;
   const Elements at(x);
   ColumnSums sums(bias.defined() ? shape.rows : 0, 2 * shape.cols);
   const int64_t chunk = bias.defined() ? sums.chunk() : rows_in_chunk(shape.cols);
   for_chunks(shape.rows, chunk, [&](int64_t index, int64_t begin, int64_t end) {
     const int64_t row = 2 * shape.cols * begin;
     float* part = bias.defined() ? sums.part(index) : nullptr;
-    kernels::gated_backward(activation, to_dtype(x.scalar_type()), {at(x, row), at(x, row + shape.cols), 2 * shape.cols, b.data(), up_bias},
+    kernels::gated_backward(activation, to_dtype(x.scalar_type()), {at(x, row), at(x, row + shape.cols), 2 * shape.cols, floats(b), up_bias},
                             at(grad, begin * shape.cols),
                             {at.write(dx, row), at.write(dx, row + shape.cols), 2 * shape.cols, part, part ? part + shape.cols : nullptr},
                             end - begin, shape.cols);

@@ -11,6 +11,7 @@
 #include "kernels/reduce/reduce.h"
 #include "ops/arguments.h"
 #include "ops/derivative.h"
+#include "ops/float_vector.h"
 #include "ops/fresh.h"
 
 namespace ds::ops {
@@ -18,14 +19,6 @@ namespace {
 
 using kernels::Norm;
 
-// A weight or bias as the CPU kernels read it: float32, contiguous, plus `offset`. It is short and read once a row.
-at::Tensor widened(const at::Tensor& t, double offset) {
-  if (!t.defined()) return t;
-  const at::Tensor wide = t.to(at::kFloat).contiguous();
-  return offset == 0.0 ? wide : wide.add(offset);
-}
-
-const float* floats(const at::Tensor& t) { return static_cast<const float*>(data(t)); }
 float* mutable_floats(const at::Tensor& t) { return static_cast<float*>(mutable_data(t)); }
 
 int64_t rows_of(const at::Tensor& x) { return x.size(-1) == 0 ? 0 : x.numel() / x.size(-1); }
@@ -120,7 +113,7 @@ Normed norm_forward_cpu(const NormInputs& in) {
   check_norm(in);
   const at::Tensor x = in.x.contiguous();
   const at::Tensor residual = in.residual.defined() ? in.residual.contiguous() : at::Tensor();
-  const at::Tensor weight = widened(in.weight, in.weight_offset), bias = widened(in.bias, 0.0);
+  const at::Tensor weight = float_vector(in.weight, in.weight_offset), bias = float_vector(in.bias);
   const int64_t columns = x.size(-1);
   const auto statistic = [&] {
     const at::IntArrayRef leading = x.sizes().slice(0, static_cast<size_t>(x.dim() - 1));
@@ -141,7 +134,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cpu(const NormGradI
   check_norm_backward(in);
   const at::Tensor dy = in.dy.contiguous(), h = in.h.contiguous(), mean = in.norm == Norm::Layer ? in.mean.contiguous() : at::Tensor();
   const at::Tensor dh = in.dh.defined() ? in.dh.contiguous() : at::Tensor(), rstd = in.rstd.contiguous();
-  const at::Tensor weight = widened(in.weight, in.weight_offset);
+  const at::Tensor weight = float_vector(in.weight, in.weight_offset);
   const int64_t rows = rows_of(h), columns = h.size(-1);
   const at::Tensor dx = in.in_place ? taken(in.dy, "dy", {h, dh, weight, mean, rstd}) : at::empty(h.sizes(), h.options());
   const auto parameters = h.options().dtype(in.parameter_dtype.value_or(at::kFloat));
