@@ -132,4 +132,4 @@ class RotaryEmbedding(torch.nn.Module):
 def _is_readable(positions):
     """Whether their values can be had without a wait: plain memory of the CPU, and nobody traces."""
     return (positions.device.type == "cpu" and type(positions) is torch.Tensor and not torch.compiler.is_compiling()
-            and torch._C._len_torch_dispatch_stack() == 0)
+            and torch._C._len_torch_dispatch_stack() == 0 and not torch._C._functorch.is_functorch_wrapped_tensor(positions))

@@ -121,6 +121,8 @@ def test_positions_that_cannot_be_read():
     traced = make_fx(lambda q, positions: module(q, None, positions)[0])(q, torch.zeros_like(FAR))
     assert torch.equal(traced(q, FAR), rotated_far(q))
     assert torch.equal(torch.export.export(module, (q, q, torch.zeros_like(FAR))).module()(q, q, FAR)[0], rotated_far(q))
+    slices = torch.vmap(lambda q, positions: module(q[None], None, positions)[0][0])(q, FAR)
+    assert torch.equal(slices, rotated_far(q))
     assert module(q.to("meta"), None, FAR.to("meta"))[0].shape == q.shape and module.cos.shape[0] == 8
 
 
