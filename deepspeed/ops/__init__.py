@@ -8,4 +8,5 @@ _MODULES = ("activations", "adagrad", "adam", "aio", "cross_entropy", "fp_quanti
 __getattr__, __dir__, __all__ = attach(__name__, {
     **names("deepspeed.ops.replace", "replace_modules", "restore_modules"),
     **{name: f"deepspeed.ops.{name}" for name in _MODULES},
+    "__compatible_ops__": "deepspeed.ops.op_builder.all_ops:COMPATIBLE_OPS",
 })

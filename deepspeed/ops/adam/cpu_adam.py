@@ -4,6 +4,7 @@ import torch
 from deepspeed.ops._base import refuse_amsgrad
 from deepspeed.ops._storage import add_options_to
 from deepspeed.ops.adam.fused_adam import AdamBase
+from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: F401  who asks whether it can be built asks here
 
 
 class DeepSpeedCPUAdam(AdamBase):
