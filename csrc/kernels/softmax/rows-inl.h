@@ -37,14 +37,15 @@ HWY_INLINE void store_tail(T tag, V v, typename T::Raw* p, int64_t count) {
 
 // Note [two at a time]: 2 * kLanes elements as two vectors, in whatever order is cheapest; store_two puts them back where load_two found
 // them. bfloat16: the odd elements are the upper halves of 32-bit words as they lie there, the even ones are one shift away, so that no
-// bytes travel between lanes.
+// bytes travel between lanes. kNumbers: there are no NaNs. kPast: past the caches, see output.h; p is streamable.
 template <class T>
 HWY_INLINE void load_two(T tag, const typename T::Raw* p, V& a, V& b) {
   a = load_as(tag, p);
   b = load_as(tag, p + kLanes);
 }
-template <class T>
+template <bool kNumbers = false, bool kPast = false, class T>
 HWY_INLINE void store_two(T tag, V a, V b, typename T::Raw* p) {
+  if constexpr (kPast) return stream_pair_as(tag, a, b, p);
   store_as(tag, a, p);
   store_as(tag, b, p + kLanes);
 }
@@ -56,12 +57,13 @@ HWY_INLINE void load_two(BF16, const uint16_t* p, V& a, V& b) {
   a = hn::BitCast(FloatTag(), hn::ShiftLeft<16>(words));
   b = hn::BitCast(FloatTag(), hn::And(words, hn::Set(du32, 0xffff0000u)));
 }
+template <bool kNumbers>
 HWY_INLINE auto two_in_words(V a, V b) {
   const FloatTag df;
   const hn::Rebind<uint32_t, FloatTag> du32;
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
   // All elements are rounded at once, as 16-bit words: what is cut off carries where it is more than half, or just half below an odd word.
-  if (HWY_LIKELY(_mm512_cmp_ps_mask(a.raw, b.raw, _CMP_UNORD_Q) == 0)) {
+  if (kNumbers || HWY_LIKELY(_mm512_cmp_ps_mask(a.raw, b.raw, _CMP_UNORD_Q) == 0)) {
     const auto low = hn::BitCast(du32, a), high = hn::BitCast(du32, b);
     const __m512i kept = hn::OrAnd(hn::ShiftRight<16>(low), high, hn::Set(du32, 0xffff0000u)).raw;
     const __m512i cut = hn::OrAnd(hn::ShiftLeft<16>(high), low, hn::Set(du32, 0xffffu)).raw;
@@ -75,25 +77,19 @@ HWY_INLINE auto two_in_words(V a, V b) {
     return hn::Add(hn::Add(u, hn::Set(du32, 0x7fff)), hn::And(hn::ShiftRight<16>(u), hn::Set(du32, 1)));
   };
   auto even = hn::ShiftRight<16>(round(a)), odd = hn::And(round(b), hn::Set(du32, 0xffff0000u));
-  if (HWY_UNLIKELY(!hn::AllFalse(df, hn::IsNaN(hn::Add(a, b))))) {  // rounding would damage a NaN
+  if (!kNumbers && HWY_UNLIKELY(!hn::AllFalse(df, hn::IsNaN(hn::Add(a, b))))) {  // rounding would damage a NaN
     const auto quiet = [&](V v) HWY_ATTR { return hn::Or(hn::BitCast(du32, v), hn::Set(du32, 0x400000)); };
     even = hn::IfThenElse(hn::RebindMask(du32, hn::IsNaN(a)), hn::ShiftRight<16>(quiet(a)), even);
     odd = hn::IfThenElse(hn::RebindMask(du32, hn::IsNaN(b)), hn::And(quiet(b), hn::Set(du32, 0xffff0000u)), odd);
   }
   return hn::BitCast(hn::Repartition<uint16_t, decltype(du32)>(), hn::Or(even, odd));
 }
+template <bool kNumbers = false, bool kPast = false>
 HWY_INLINE void store_two(BF16, V a, V b, uint16_t* p) {
-  hn::StoreU(two_in_words(a, b), hn::ScalableTag<uint16_t>(), p);
+  const auto words = two_in_words<kNumbers>(a, b);
+  if constexpr (kPast) hn::Stream(words, hn::ScalableTag<uint16_t>(), p);
+  else hn::StoreU(words, hn::ScalableTag<uint16_t>(), p);
 }
-#endif
-
-// store_two past the caches, see output.h; p is streamable.
-template <class T>
-HWY_INLINE void stream_two(T tag, V a, V b, typename T::Raw* p) {
-  stream_pair_as(tag, a, b, p);
-}
-#if HWY_TARGET != HWY_SCALAR && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-HWY_INLINE void stream_two(BF16, V a, V b, uint16_t* p) { hn::Stream(two_in_words(a, b), hn::ScalableTag<uint16_t>(), p); }
 #endif
 
 HWY_INLINE V minus_infinity() { return hn::Set(FloatTag(), -std::numeric_limits<float>::infinity()); }

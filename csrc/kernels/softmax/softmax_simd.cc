@@ -118,11 +118,6 @@ HWY_INLINE void ask_for_pair(const Raw* p) {
   if constexpr (2 * kLanes * sizeof(Raw) > 64) __builtin_prefetch(p + kLanes, 0, 2);
 }
 
-bool is_power_of_two(float x) {
-  int exponent;
-  return std::frexp(x, &exponent) == 0.5f && exponent > -60 && exponent < 60;  // far from where products over- or underflow
-}
-
 template <class T>
 HWY_INLINE float dot_row(T tag, const typename T::Raw* a, const typename T::Raw* b, int64_t n) {
   const V zero = hn::Zero(FloatTag());
@@ -142,21 +137,30 @@ HWY_INLINE float dot_row(T tag, const typename T::Raw* a, const typename T::Raw*
   return sum_lanes(hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3])));
 }
 
-// scale * p * (g - dot). kFolds: the scale is a power of two, so that scale * (g - dot) is one operation and as exact.
-template <bool kFolds>
+// Note [plain rows]: where the scale is a power of two of at most 1, scale * (g - dot) is one operation and as exact. Where in addition the sum dot
+// of g * p is a number, and not a huge one, g and p are numbers and so is the result: nobody need look for NaNs before rounding to 16 bits.
+constexpr float kLargestPlainDot = 1e30f;  // the largest bfloat16 can be moved by it and stays a number
+
+bool is_plain_scale(float x) {
+  int exponent;
+  return std::frexp(x, &exponent) == 0.5f && exponent <= 1 && exponent > -60;
+}
+
+// scale * p * (g - dot).
+template <bool kPlain>
 struct Gradient {
   V scale, dot;
-  HWY_INLINE Gradient(float scale_, float dot_) : scale(hn::Set(FloatTag(), scale_)), dot(hn::Set(FloatTag(), kFolds ? scale_ * dot_ : dot_)) {}
+  HWY_INLINE Gradient(float scale_, float dot_) : scale(hn::Set(FloatTag(), scale_)), dot(hn::Set(FloatTag(), kPlain ? scale_ * dot_ : dot_)) {}
   HWY_INLINE V operator()(V g, V p) const {
-    if constexpr (kFolds) return hn::Mul(p, hn::MulSub(scale, g, dot));
+    if constexpr (kPlain) return hn::Mul(p, hn::MulSub(scale, g, dot));
     return hn::Mul(hn::Mul(scale, p), hn::Sub(g, dot));
   }
 };
 
 // kPast: dx is written past the caches. kAhead: the row behind this one is asked for.
-template <bool kPast, bool kAhead, bool kFolds, class T>
-HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, float scale, int64_t n) {
-  const Gradient<kFolds> gradient(scale, dot_row(tag, dy, y, n));
+template <bool kPast, bool kAhead, bool kPlain, class T>
+void write_gradient(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, const Gradient<kPlain>& row, int64_t n) {
+  const Gradient<kPlain> gradient = row;
   const int64_t steps = n / kStep;
   // From the end when the row does not fit the first cache: what the sum read last still lies there.
   const bool from_the_end = 2 * n * static_cast<int64_t>(sizeof(typename T::Raw)) > kFirstCacheBytes;
@@ -168,8 +172,7 @@ HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* 
       V g0, g1, p0, p1;
       load_two(tag, dy + k, g0, g1);
       load_two(tag, y + k, p0, p1);
-      if (kPast) stream_two(tag, gradient(g0, p0), gradient(g1, p1), dx + k);
-      else store_two(tag, gradient(g0, p0), gradient(g1, p1), dx + k);
+      store_two<kPlain, kPast>(tag, gradient(g0, p0), gradient(g1, p1), dx + k);
     }
   }
   int64_t i = steps * kStep;
@@ -177,12 +180,19 @@ HWY_INLINE void gradient_row(T tag, typename T::Raw* dx, const typename T::Raw* 
   if (i < n) store_tail(tag, gradient(load_tail(tag, dy + i, n - i), load_tail(tag, y + i, n - i)), dx + i, n - i);
 }
 
-template <bool kPast, bool kAhead, bool kFolds, class T>
+template <bool kPast, bool kAhead, class T>
 void gradient_rows(T tag, typename T::Raw* dx, const typename T::Raw* dy, const typename T::Raw* y, const SoftmaxRows& s, int64_t begin,
                    int64_t end) {
+  constexpr bool kNarrow = !std::is_same_v<T, F32>;  // what is read as float32 waits for memory, not for arithmetic
+  const bool plain_scale = kNarrow && is_plain_scale(s.scale);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t visible = visible_columns(s, r), at = r * s.columns;
-    gradient_row<kPast, kAhead, kFolds>(tag, dx + at, dy + at, y + at, s.scale, visible);
+    const float dot = dot_row(tag, dy + at, y + at, visible);
+    if (plain_scale && std::fabs(dot) <= kLargestPlainDot) {
+      write_gradient<kPast, kAhead, kNarrow>(tag, dx + at, dy + at, y + at, Gradient<kNarrow>(s.scale, dot), visible);
+    } else {
+      write_gradient<kPast, kAhead, false>(tag, dx + at, dy + at, y + at, Gradient<false>(s.scale, dot), visible);
+    }
     if (visible < s.columns) std::fill(dx + at + visible, dx + at + s.columns, typename T::Raw{0});
   }
 }
@@ -193,19 +203,12 @@ void SoftmaxBackward(void* dx, const void* dy, const void* y, DType dtype, const
     auto* out = static_cast<Raw*>(dx);
     auto *grad = static_cast<const Raw*>(dy), *p = static_cast<const Raw*>(y);
     const bool past = s.past_caches && is_streamable(out) && static_cast<size_t>(s.columns) * sizeof(Raw) % kStreamBytes == 0;
-    const auto run = [&](auto folds) {
-      constexpr bool kFolds = decltype(folds)::value;
-      if (past) {
-        s.from_memory ? gradient_rows<true, true, kFolds>(tag, out, grad, p, s, begin, end)
-                      : gradient_rows<true, false, kFolds>(tag, out, grad, p, s, begin, end);
-      } else {
-        s.from_memory ? gradient_rows<false, true, kFolds>(tag, out, grad, p, s, begin, end)
-                      : gradient_rows<false, false, kFolds>(tag, out, grad, p, s, begin, end);
-      }
-    };
-    // What is read as float32 waits for memory, not for arithmetic.
-    constexpr bool kNarrow = !std::is_same_v<decltype(tag), F32>;
-    kNarrow && is_power_of_two(s.scale) ? run(std::bool_constant<kNarrow>()) : run(std::false_type());
+    if (past) {
+      s.from_memory ? gradient_rows<true, true>(tag, out, grad, p, s, begin, end) : gradient_rows<true, false>(tag, out, grad, p, s, begin, end);
+    } else {
+      s.from_memory ? gradient_rows<false, true>(tag, out, grad, p, s, begin, end)
+                    : gradient_rows<false, false>(tag, out, grad, p, s, begin, end);
+    }
   });
 }
 

@@ -198,6 +198,53 @@ TEST(Softmax, KeepsNansAndInfinities) {
   });
 }
 
+// Gradients come in pairs of g and -g, so the sum of g * y is 0 and what is written is scale * g * y, rounded once: where the last bits that are
+// kept are odd or even, what is cut off is half, more or less.
+TEST(Softmax, BackwardRoundsToNearestEven) {
+  constexpr int64_t kColumns = 512;
+  for (DType dtype : {DType::BF16, DType::F16}) {
+    for (float scale : {1.0f, 0.125f, 0.7f, 4.0f}) {
+      Array y(dtype, kColumns), dy(dtype, kColumns), dx(dtype, kColumns), want(dtype, kColumns);
+      for (int64_t i = 0; i < kColumns; ++i) {
+        const float step = static_cast<float>(i / 2 % 128) / 128.0f;
+        y.set(i, 1.0f + static_cast<float>(1 + i / 256) / 128.0f);
+        dy.set(i, i % 2 == 0 ? 1.0f + step : -1.0f - step);
+        want.set(i, scale * y.get(i) * dy.get(i));
+      }
+      softmax_backward(dx.data(), dy.data(), y.data(), dtype, {kColumns, scale, 0}, 0, 1);
+      EXPECT_SAME(dx, want);
+    }
+  }
+}
+
+TEST(Softmax, BackwardKeepsNansAndInfinities) {
+  constexpr int64_t kColumns = 200;
+  for (DType dtype : kFloats) {
+    for (float scale : {1.0f, 0.7f}) {
+      for (float odd : {kNan, kInf, -kInf, dtype == DType::F16 ? 6e4f : 3.38e38f}) {
+        for (int64_t where : {int64_t{0}, int64_t{1}, int64_t{97}, kColumns - 1}) {
+          for (float y_there : {0.0f, 0.5f, 1.0f}) {
+            Array y(dtype, kColumns), dy(dtype, kColumns), dx(dtype, kColumns), want(dtype, kColumns);
+            for (int64_t i = 0; i < kColumns; ++i) {
+              y.set(i, i == where ? y_there : i % 3 == 0 ? 0.0f : 0.001f);
+              dy.set(i, i == where ? odd : i % 2 == 0 ? -2.0f : 3.0f);
+            }
+            softmax_backward(dx.data(), dy.data(), y.data(), dtype, {kColumns, scale, 0}, 0, 1);
+            softmax_backward_ref(want.data(), dy.data(), y.data(), dtype, {kColumns, scale, 0}, 0, 1);
+            for (int64_t i = 0; i < kColumns; ++i) {
+              const float a = dx.get(i), b = want.get(i);
+              ASSERT_EQ(std::isnan(a), std::isnan(b)) << i << " of " << odd << " at " << where << ", y " << y_there;
+              const float cancelled = i == where && std::isfinite(odd) ? 4e-7f * std::fabs(odd) : 0.0f;
+              if (std::isfinite(b)) ASSERT_NEAR(a, b, std::fabs(b) * 0.01f + 1e-6f + cancelled) << i;
+              if (std::isinf(b)) ASSERT_EQ(a, b) << i;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Softmax, LargeLogitsDoNotOverflow) {
   for (float value : {3e38f, 1e30f, -3e38f}) {
     for (float scale : {1.0f, 0.3f}) {
