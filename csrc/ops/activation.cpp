@@ -13,7 +13,7 @@
 #include "ops/bias.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 namespace ds::ops {
 namespace {
@@ -201,7 +201,7 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<bias_act_backward_meta_>(m, "bias_act_backward_");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
-  m.impl("bias_act", bias_act_autograd);
+  implement_autograd<bias_act_autograd>(m, "bias_act");
   m.impl("bias_act_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("bias_act_backward_", torch::autograd::autogradNotImplementedFallback());
 }

@@ -11,7 +11,7 @@
 #include "ops/arguments.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 #ifdef DS_WITH_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -252,6 +252,6 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<backward_meta>(m, "cross_entropy_backward");
   implement_meta<in_place_meta>(m, "cross_entropy_backward_");
 }
-TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("cross_entropy", forward_autograd); }
+TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { implement_autograd<forward_autograd>(m, "cross_entropy"); }
 
 }  // namespace ds::ops

@@ -14,7 +14,7 @@
 #include "ops/bias.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 #ifdef DS_WITH_CUDA
 #include <ATen/cuda/CUDAGeneratorImpl.h>
@@ -226,7 +226,7 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<dropout_add_backward_meta>(m, "dropout_add_backward");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
-  m.impl("dropout_add", dropout_add_autograd);
+  implement_autograd<dropout_add_autograd>(m, "dropout_add");
   m.impl("dropout_add_backward", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -12,7 +12,7 @@
 #include "ops/activation.h"
 #include "ops/bias.h"
 #include "ops/derivative.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 namespace ds::ops {
 namespace {
@@ -311,8 +311,8 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<gated_halves_backward_meta>(m, "gated_halves_backward");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
-  m.impl("gated", gated_autograd);
-  m.impl("gated_halves", gated_halves_autograd);
+  implement_autograd<gated_autograd>(m, "gated");
+  implement_autograd<gated_halves_autograd>(m, "gated_halves");
   m.impl("gated_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gated_backward_", torch::autograd::autogradNotImplementedFallback());
   m.impl("gated_halves_backward", torch::autograd::autogradNotImplementedFallback());

@@ -18,7 +18,7 @@
 #include "ops/derivative.h"
 #include "ops/cross_entropy.h"
 #include "ops/fresh.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 namespace ds::ops {
 namespace {
@@ -299,6 +299,6 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<loss_only>(m, "linear_cross_entropy");
   implement_meta<scale_unless_one_meta>(m, "scale_unless_one_");
 }
-TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("linear_cross_entropy", autograd); }
+TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { implement_autograd<autograd>(m, "linear_cross_entropy"); }
 
 }  // namespace ds::ops

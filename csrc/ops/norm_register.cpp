@@ -6,8 +6,8 @@
 
 #include "ops/arguments.h"
 #include "ops/derivative.h"
-#include "ops/meta.h"
 #include "ops/norm.h"
+#include "ops/register.h"
 
 namespace ds::ops {
 namespace {
@@ -316,12 +316,12 @@ TORCH_LIBRARY_IMPL(deepspeed, CUDA, m) { implement<norm_forward_cuda, norm_backw
 TORCH_LIBRARY_IMPL(deepspeed, Meta, m) { implement<norm_forward_meta, norm_backward_meta, true>(m); }
 
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
-  m.impl("layer_norm", &layer_norm_autograd);
-  m.impl("layer_norm_residual", &layer_norm_residual_autograd);
-  m.impl("layer_norm_backward", &layer_norm_backward_autograd);
-  m.impl("rms_norm", &rms_norm_autograd);
-  m.impl("rms_norm_residual", &rms_norm_residual_autograd);
-  m.impl("rms_norm_backward", &rms_norm_backward_autograd);
+  implement_autograd<layer_norm_autograd>(m, "layer_norm");
+  implement_autograd<layer_norm_residual_autograd>(m, "layer_norm_residual");
+  implement_autograd<layer_norm_backward_autograd>(m, "layer_norm_backward");
+  implement_autograd<rms_norm_autograd>(m, "rms_norm");
+  implement_autograd<rms_norm_residual_autograd>(m, "rms_norm_residual");
+  implement_autograd<rms_norm_backward_autograd>(m, "rms_norm_backward");
 }
 
 }  // namespace ds::ops

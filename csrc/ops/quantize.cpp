@@ -11,7 +11,7 @@
 #include "ops/arguments.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 namespace ds::ops {
 namespace {
@@ -357,7 +357,7 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<fake_quantize_meta>(m, "fake_quantize");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
-  m.impl("fake_quantize", &fake_quantize_autograd);
+  implement_autograd<fake_quantize_autograd>(m, "fake_quantize");
   for (const char* name : {"quantize", "quantize_feedback", "dequantize", "dequantize_reduce"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());  // constants to autograd
   }

@@ -12,7 +12,7 @@
 #include "kernels/rope/rope.h"
 #include "ops/arguments.h"
 #include "ops/derivative.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 namespace ds::ops {
 namespace {
@@ -240,7 +240,7 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<rope_meta_>(m, "rope_");
 }
 TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) {
-  m.impl("rope", rope_autograd);
+  implement_autograd<rope_autograd>(m, "rope");
   m.impl("rope_", torch::autograd::autogradNotImplementedFallback());
 }
 

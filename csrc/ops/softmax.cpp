@@ -9,7 +9,7 @@
 #include "ops/arguments.h"
 #include "ops/derivative.h"
 #include "ops/fresh.h"
-#include "ops/meta.h"
+#include "ops/register.h"
 
 namespace ds::ops {
 namespace {
@@ -263,6 +263,6 @@ TORCH_LIBRARY_IMPL(deepspeed, Meta, m) {
   implement_meta<backward_meta>(m, "scaled_masked_softmax_backward");
   implement_meta<backward_meta_>(m, "scaled_masked_softmax_backward_");
 }
-TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { m.impl("scaled_masked_softmax", forward_autograd); }
+TORCH_LIBRARY_IMPL(deepspeed, Autograd, m) { implement_autograd<forward_autograd>(m, "scaled_masked_softmax"); }
 
 }  // namespace ds::ops

@@ -8,7 +8,7 @@ the number of threads. The backward passes recompute from the inputs: no interme
 """
 import torch
 
-from deepspeed.ops._library import ops
+from deepspeed.ops._library import check_given, ops
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -69,6 +69,7 @@ def dropout_add(x, residual, p=0.5, training=True, bias=None):
     the same for any number of threads."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p must lie in [0, 1], got {p}")
+    check_given(x=x)
     if not training or p == 0.0:
         return ops().dropout_add(x, residual, bias, 0.0, torch.zeros(2, dtype=torch.int64, device=x.device))
     # Of an array of its own: torch.compile merges equal calls, seeded or not, and this one must not be.

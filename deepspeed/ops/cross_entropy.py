@@ -6,7 +6,7 @@ et al., 2024): the logits of all tokens, the largest tensor of a language model'
 """
 import torch
 
-from deepspeed.ops._library import check_dense, ops
+from deepspeed.ops._library import check_dense, check_given, ops
 
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -51,7 +51,7 @@ def cross_entropy(logits, labels, ignore_index=-100, label_smoothing=0.0, reduct
     bounds, its loss and gradient are NaN, and the ValueError with its position comes with a later cross-entropy, forward or backward, on that device.
     """
     kind = _reduction(reduction)
-    check_dense(logits=logits, labels=labels)
+    check_given(logits=logits, labels=labels)
     if logits.dim() == 0 or labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}: expected {tuple(logits.shape[:-1])}")
     rows, targets = logits.reshape(labels.numel(), logits.shape[-1]), labels.reshape(-1)
@@ -91,7 +91,8 @@ def linear_cross_entropy(hidden, weight, labels, bias=None, ignore_index=-100, l
     Raises ValueError naming the argument, and the position of a label out of range; on a GPU as in cross_entropy(): NaN now, the error later.
     """
     kind = _reduction(reduction)
-    check_dense(hidden=hidden, weight=weight, labels=labels, bias=bias)
+    check_given(hidden=hidden, weight=weight, labels=labels)
+    check_dense(bias=bias)
     if hidden.dim() == 0 or labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}: expected {tuple(hidden.shape[:-1])}")
     if chunk_tokens is not None and chunk_tokens < 1:

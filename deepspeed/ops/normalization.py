@@ -15,7 +15,7 @@ import numbers
 
 import torch
 
-from deepspeed.ops._library import check_dense, ops
+from deepspeed.ops._library import check_dense, check_given, ops
 
 
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, residual=None):
@@ -43,7 +43,8 @@ def rms_norm(x, weight=None, eps=1e-6, residual=None, *, normalized_shape=None, 
     ``(y, h)``, and gradients of both are taken. Raises ValueError naming the argument. Rounding: see Note [Rounding of norms].
     """
     if normalized_shape is None:
-        check_dense(x=x, weight=weight)
+        check_given(x=x)
+        check_dense(weight=weight)
         normalized_shape = x.shape[-1:] if weight is None else weight.shape
     shape = _shape_of(normalized_shape)
     _check_trailing(x, shape, residual)
@@ -124,10 +125,8 @@ def _shape_of(normalized_shape):
 
 
 def _check_trailing(x, shape, residual):
-    for name, value in (("x", x), ("residual", residual)):
-        if not torch.is_tensor(value) and (value is not None or name == "x"):
-            raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
-    check_dense(x=x, residual=residual)
+    check_given(x=x)
+    check_dense(residual=residual)
     if tuple(x.shape[-len(shape):]) != shape:
         raise ValueError(f"x has shape {list(x.shape)}, which does not end in normalized_shape {list(shape)}")
     if residual is not None and residual.shape != x.shape:

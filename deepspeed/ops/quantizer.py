@@ -12,7 +12,7 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 
-from deepspeed.ops._library import ops
+from deepspeed.ops._library import check_given, ops
 
 # Bits a code takes.
 FORMATS = {"int8": 8, "int4": 4, "fp8_e4m3": 8, "fp8_e5m2": 8, "fp6_e3m2": 6, "fp4_e2m1": 4, "fp12_e4m7": 12}
@@ -77,6 +77,7 @@ def quantize(x, format="int8", group_size=128, symmetric=True, *, stochastic=Fal
     et al. 2014; zero for blocks that are not finite).
     Raises ValueError, naming the argument, for what does not fit.
     """
+    check_given(x=x)
     rounding = (stochastic, _seed_of(stochastic, seed), offset)
     if residual is None:
         parts = ops().quantize(x, format, group_size, symmetric, *rounding)
@@ -140,6 +141,7 @@ def fake_quantize(x, bits=8, group_size=128, symmetric=True, *, format=None, sto
 
     bits: 8 or 4, for int8 and int4; or ``format`` names one of :data:`FORMATS` and ``bits`` is not looked at. The rest is as for :func:`quantize`.
     """
+    check_given(x=x)
     if format is None:
         if bits not in (4, 8):
             raise ValueError(f"bits must be 8 or 4 (or give format), got {bits!r}")

@@ -85,3 +85,26 @@ def test_lists_of_tensors():
     for kind, odd in undense(DENSE):
         with pytest.raises(ValueError, match=r"^tensors\[1\]"):
             squared_norm([DENSE, odd])
+
+
+@pytest.mark.parametrize("face, argument", [case for case in FACES if case not in {
+    ("rotary module", "q"), ("rope", "q"), ("rope", "k"), ("swiglu", "up"), ("swiglu", "gate"), ("layer_norm", "weight"), ("layer_norm", "bias"),
+    ("layer_norm", "residual"), ("rms_norm", "weight"), ("softmax", "mask"), ("silu", "bias")}])  # where None has a meaning, or shifts the blame
+def test_none_in_the_place_of_a_tensor(face, argument):
+    with pytest.raises(ValueError, match=f"^{argument} must be a tensor, not None"):
+        FACES[face, argument][0](None)
+
+
+def test_none_in_the_place_of_one_of_two_halves():
+    with pytest.raises(ValueError, match="^gate must be a tensor, not None"):
+        swiglu(None, DENSE)
+    with pytest.raises(ValueError, match="^x must be a tensor, not None"):
+        swiglu(None)
+
+
+@pytest.mark.parametrize("call, argument", [(lambda: cross_entropy([1.0], LABELS), "logits"), (lambda: cross_entropy(DENSE, [0, 1]), "labels"),
+                                            (lambda: linear_cross_entropy(DENSE, 3, LABELS), "weight"), (lambda: layer_norm(DENSE, 8, [1.0]), "weight"),
+                                            (lambda: quantize([1.0]), "x"), (lambda: dropout_add(2.0, DENSE), "x")])
+def test_what_is_no_tensor_is_named(call, argument):
+    with pytest.raises(ValueError, match=f"^{argument} must be a tensor, not (list|int|float)"):
+        call()
