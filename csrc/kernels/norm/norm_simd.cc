@@ -280,9 +280,12 @@ HWY_INLINE void write_dx(T tag, const BackwardRow<typename T::Raw>& r, const flo
 template <class Raw>
 constexpr int64_t kHint = 1024 / static_cast<int64_t>(sizeof(Raw));
 
+// What is asked for before it is needed: nothing; in the first sweep what comes soon in the row, in the last one the next rows; in the first
+// sweep the next rows.
+enum class Hints { None, Soon, NextRows };
+
 // kRows rows side by side: the gradients of weight and bias are read and written once for all of them, and their sums hide latency.
-// kHints: what comes next is asked for before it is needed.
-template <class T, Norm kNorm, bool kWeight, bool kParameters, int kRows, bool kHints>
+template <class T, Norm kNorm, bool kWeight, bool kParameters, int kRows, Hints kHints>
 void backward_block(const NormBackward& a, int64_t first, bool last, float* dweight, float* dbias) {
   using Raw = typename T::Raw;
   const T tag{};
@@ -300,7 +303,10 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
     V weight, of_weight = set(0.0f), of_bias = set(0.0f);
     if constexpr (kWeight) weight = load(F32{}, a.weight + i, lanes);
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kHints) {
+      if constexpr (kHints == Hints::NextRows) {
+        prefetch(rows[r].dy + i + kRows * n);
+        prefetch(rows[r].h + i + kRows * n);
+      } else if constexpr (kHints == Hints::Soon) {
         if (ahead) {
           prefetch(rows[r].dy + i + kHint<Raw>);
           prefetch(rows[r].h + i + kHint<Raw>);
@@ -330,9 +336,9 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
     const int64_t ahead = last ? 0 : kRows * n;
     const auto write = [&](auto has_dh) DS_BODY {
       if (a.past_caches && is_streamable(rows[r].dx)) {
-        write_dx<T, kNorm, kWeight, kHints, has_dh.value, true>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
+        write_dx<T, kNorm, kWeight, kHints == Hints::Soon, has_dh.value, true>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
       } else {
-        write_dx<T, kNorm, kWeight, kHints, has_dh.value, false>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
+        write_dx<T, kNorm, kWeight, kHints == Hints::Soon, has_dh.value, false>(tag, rows[r], a.weight, n, grad_mean, along, ahead);
       }
     };
     a.dh != nullptr ? write(std::true_type()) : write(std::false_type());
@@ -341,7 +347,7 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
 
 constexpr int kRowsAtOnce = 4;
 constexpr int64_t kBlockBytes = 512 << 10;  // what four rows of dy and h may take of the second-level cache
-// Shorter rows are one stream after the other as they come, which the hardware foresees: several at once and hints make it half as fast again.
+// Shorter rows: some are in one small page, and the hardware foresees none of the next page. With a third array, dh, rows one by one are faster.
 constexpr int64_t kShortRowBytes = 2 << 10;
 
 template <class T, Norm kNorm, bool kWeight, bool kParameters>
@@ -349,13 +355,16 @@ void backward_rows(const NormBackward& a, int64_t begin, int64_t end, float* dwe
   const int64_t row_bytes = a.columns * static_cast<int64_t>(sizeof(typename T::Raw));
   int64_t row = begin;
   if (row_bytes <= kShortRowBytes) {
-    for (; row < end; ++row) backward_block<T, kNorm, kWeight, kParameters, 1, false>(a, row, true, dweight, dbias);
+    for (; a.dh == nullptr && row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+      backward_block<T, kNorm, kWeight, kParameters, kRowsAtOnce, Hints::NextRows>(a, row, true, dweight, dbias);
+    }
+    for (; row < end; ++row) backward_block<T, kNorm, kWeight, kParameters, 1, Hints::None>(a, row, true, dweight, dbias);
   } else if (2 * kRowsAtOnce * row_bytes <= kBlockBytes) {
     for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
-      backward_block<T, kNorm, kWeight, kParameters, kRowsAtOnce, true>(a, row, row + 2 * kRowsAtOnce > end, dweight, dbias);
+      backward_block<T, kNorm, kWeight, kParameters, kRowsAtOnce, Hints::Soon>(a, row, row + 2 * kRowsAtOnce > end, dweight, dbias);
     }
   }
-  for (; row < end; ++row) backward_block<T, kNorm, kWeight, kParameters, 1, true>(a, row, row + 1 == end, dweight, dbias);
+  for (; row < end; ++row) backward_block<T, kNorm, kWeight, kParameters, 1, Hints::Soon>(a, row, row + 1 == end, dweight, dbias);
 }
 
 template <class T, Norm kNorm>
