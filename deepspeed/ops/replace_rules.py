@@ -20,7 +20,8 @@ class Rule:
 
 
 # The children that a fused forward calls as the module's own does, hooks and all; it does without the others.
-CALLED = frozenset(("gate_proj", "up_proj", "down_proj"))
+_APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
+CALLED = frozenset(_APART + _JOINED)
 
 
 # ---- norms
@@ -50,7 +51,8 @@ def _hf_rms_norm_from_one(self, hidden_states):
 def _rms_norm_candidates(module):
     if type(module) is torch.nn.RMSNorm:
         return ["torch"] if len(module.normalized_shape) == 1 and module.weight is not None else []
-    alike = (type(module).__name__.endswith("RMSNorm") and list(module._parameters) == ["weight"] and not module._modules
+    named = type(module).__name__.endswith("RMSNorm") or hasattr(module, "variance_epsilon")   # T5 calls its own a LayerNorm
+    alike = (named and list(module._parameters) == ["weight"] and not module._modules
              and isinstance(_hf_eps(module), float) and module.weight is not None and module.weight.dim() == 1)
     return ["weight", "one plus weight"] if alike else []
 
@@ -76,21 +78,35 @@ def _gated(activation):
     return forward
 
 
+def _gated_halves(activation):
+    """With both projections in one linear layer, as in Phi-3."""
+    def forward(self, x):
+        return self.down_proj(activation(self.gate_up_proj(x)))
+    return forward
+
+
+def _geglu_tanh(*inputs):
+    return activations.geglu(*inputs, approximate="tanh")
+
+
 def _smaller_mlp(module):
     """A trial by widths that are as the module's modulo 64: of large MLPs nearly all time goes to matrix products that both forwards share."""
-    hidden, inner = module.gate_proj.in_features, module.gate_proj.out_features
+    joined = "gate_up_proj" in module._modules
+    inner, hidden = (module.down_proj.in_features, module.gate_up_proj.in_features) if joined else module.gate_proj.weight.shape
     if hidden * inner <= 1 << 18:
         return {}
     hidden, inner = (min(n, 256 + n % 64) for n in (hidden, inner))
-    return {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    into = {"gate_up_proj": (2 * inner, hidden)} if joined else {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
+    return {**into, "down_proj": (hidden, inner)}
 
 
 def _gated_mlp_candidates(module):
     children = {name: child for name, child in module._modules.items() if child is not None}
-    linear = all(type(children.get(name)) is torch.nn.Linear for name in CALLED)
-    if not linear or set(children) - {*CALLED, "act_fn"} or "act_fn" not in {*children, *module.__dict__}:
-        return []
-    return ["swiglu", "geglu", "geglu_tanh"]
+    for linear, ending in ((_APART, ""), (_JOINED, " of halves")):
+        activation = {"act_fn", "activation_fn"} & {*children, *module.__dict__}
+        if all(type(children.get(name)) is torch.nn.Linear for name in linear) and not set(children) - {*linear, *activation} and activation:
+            return [name + ending for name in ("swiglu", "geglu", "geglu_tanh")]
+    return []
 
 
 # ---- softmax and loss
@@ -111,7 +127,7 @@ def _cross_entropy(self, input, target):
 
 def _rows(*columns):
     """Seven rows, an odd number that no vector length divides."""
-    return torch.randn(7, *columns)
+    return torch.randn(7, *columns, device="cpu")
 
 
 RULES = (
@@ -122,9 +138,10 @@ RULES = (
          candidates=_rms_norm_candidates,
          sample=lambda m: [_rows(*m.weight.shape)]),
     Rule("gated_mlp", {"swiglu": _gated(activations.swiglu), "geglu": _gated(activations.geglu),
-                       "geglu_tanh": _gated(lambda gate, up: activations.geglu(gate, up, approximate="tanh"))},
+                       "geglu_tanh": _gated(_geglu_tanh), "swiglu of halves": _gated_halves(activations.swiglu),
+                       "geglu of halves": _gated_halves(activations.geglu), "geglu_tanh of halves": _gated_halves(_geglu_tanh)},
          candidates=_gated_mlp_candidates, smaller=_smaller_mlp,
-         sample=lambda m: [_rows(m.gate_proj.in_features)]),
+         sample=lambda m: [_rows((m._modules.get("gate_up_proj") or m.gate_proj).in_features)]),
     Rule("activation", {"gelu": lambda self, input: activations.bias_gelu(input),
                         "gelu_tanh": lambda self, input: activations.bias_gelu(input, approximate="tanh"),
                         "silu": lambda self, input: activations.bias_silu(input)},
@@ -135,5 +152,5 @@ RULES = (
          sample=lambda m: [_rows(67)]),
     Rule("cross_entropy", {"torch": _cross_entropy},
          candidates=lambda m: ["torch"] if type(m) is torch.nn.CrossEntropyLoss and m.weight is None else [],
-         sample=lambda m: [_rows(67), torch.randint(67, (7,))]),
+         sample=lambda m: [_rows(67), torch.randint(67, (7,), device="cpu")]),
 )

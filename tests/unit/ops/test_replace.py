@@ -54,6 +54,25 @@ class GatedMLP(torch.nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class T5LikeLayerNorm(LlamaLikeRMSNorm):
+    """An RMS norm by another name."""
+
+
+class JoinedMLP(torch.nn.Module):
+    """Gate and up in one linear layer, in Phi-3's order or, `up_first`, in another."""
+
+    def __init__(self, activation_fn, up_first=False):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = torch.nn.Linear(D, 4 * D, bias=False), torch.nn.Linear(2 * D, D, bias=False)
+        self.activation_fn, self.up_first = activation_fn, up_first
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        if self.up_first:
+            gate, up = up, gate
+        return self.down_proj(up * self.activation_fn(gate))
+
+
 class OddMLP(GatedMLP):
     """Does more than its kin: scales, drops out, clamps, as its attributes say."""
 
@@ -385,3 +404,29 @@ def test_one_rule_may_be_a_plain_name():
     assert replace_modules(model, include="layer_norm").replaced == {"0": "layer_norm"}
     restore_modules(model)
     assert replace_modules(model, exclude="layer_norm").replaced == {"1": "activation"}
+
+
+@pytest.mark.parametrize("activation, choice", [(torch.nn.SiLU(), "swiglu"), (torch.nn.GELU(), "geglu"), (torch.nn.GELU(approximate="tanh"), "geglu_tanh")])
+def test_one_projection_for_gate_and_up(activation, choice):
+    torch.manual_seed(0)
+    plain = JoinedMLP(activation)
+    mlp, x = copy.deepcopy(plain), torch.randn(5, D)
+    assert replace_modules(mlp).replaced[""] == "gated_mlp"
+    ours, theirs = [t.clone().requires_grad_() for t in (x, x)]
+    a, b = mlp(ours), plain(theirs)
+    (a * a).sum().backward()
+    (b * b).sum().backward()
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(mlp.gate_up_proj.weight.grad, plain.gate_up_proj.weight.grad)
+    assert "" not in replace_modules(JoinedMLP(activation, up_first=True)).replaced
+
+
+def test_a_norm_is_known_by_what_it_has():
+    assert replace_modules(T5LikeLayerNorm(D)).replaced == {"": "rms_norm"}
+
+
+def test_the_default_device_is_no_trial_s_concern():
+    modules = torch.nn.Sequential(LlamaLikeRMSNorm(D), GatedMLP(torch.nn.SiLU()), torch.nn.CrossEntropyLoss())
+    with torch.device("meta"):
+        assert set(replace_modules(modules).replaced) >= {"0", "1", "2"}
