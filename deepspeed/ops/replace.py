@@ -58,8 +58,8 @@ def replace_modules(model, include=None, exclude=()):
     Every kind of module is first tried on random input of several sizes and random weights of the module's dtype and device, in training and in
     evaluation: output and gradients must agree with the module's own to within a few roundings, else it stays as it is and `refused` says why.
     Of one kind are modules of one class with the same settings, that is all their attributes and their children's. Found are modules of torch.nn and of
-    models in the style of Hugging Face (RMSNorm classes, `gate_proj/up_proj/down_proj` and `gate_up_proj/down_proj` MLPs, activation classes), not functions called inside
-    somebody's `forward`.
+    models in the style of Hugging Face (RMSNorm classes, `gate_proj/up_proj/down_proj` and `gate_up_proj/down_proj` MLPs, activation
+    classes), not functions called inside somebody's `forward`.
 
     include, exclude: names of rules, of "layer_norm", "rms_norm", "activation", "gated_mlp", "softmax", "cross_entropy"; default: all.
     What was not tried goes the module's own way: input of another dtype than the weights, autocast of anything but float32, dtypes or devices without

@@ -7,8 +7,8 @@
 // x, dx: [rows, columns], rows one after the other, one storage format, any alignment; dx may be x. stats: [rows, 2], a row's largest logit
 // and its sum of exp(x - largest): apart they give the gradient more exactly than lse = largest + log(sum) would; {0, 1} where ignored.
 // Labels and losses: one a row. Outputs are overwritten. Arithmetic is float32 (float64 in the reference). Labels must lie in [0, columns)
-// or be `ignored`: see find_bad_label; the CUDA twins do without. Nothing is owned, nothing starts threads: calls take rows [begin, end), and a row's bits do not
-// depend on the cut.
+// or be `ignored`: see find_bad_label; the CUDA twins do without. Nothing is owned, nothing starts threads: calls take rows [begin, end), and
+// a row's bits do not depend on the cut.
 #pragma once
 
 #include <cstdint>
