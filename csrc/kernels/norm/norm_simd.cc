@@ -106,6 +106,10 @@ HWY_INLINE void prefetch_to_write(Raw* p) {
   __builtin_prefetch(p, 1, 2);
 }
 
+constexpr int kRowsAtOnce = 4;
+// Of shorter rows some lie in one small page, and the hardware foresees none of the next page: they are asked for so many rows ahead.
+constexpr int64_t kShortRowBytes = 2 << 10;
+
 // What makes a row normal: (x - mean) * rstd is ((x - near) - rest) * rstd, see norm.h, Note [precision].
 struct Normaliser {
   float near = 0.0f, rest = 0.0f, rstd = 0.0f;
@@ -159,6 +163,7 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
   using Raw = typename T::Raw;
   const T tag{};
   const int64_t n = a.columns;
+  const bool is_short = n * static_cast<int64_t>(sizeof(Raw)) <= kShortRowBytes;
   for (int64_t row = begin; row < end; ++row) {
     const Raw* x = static_cast<const Raw*>(a.x) + row * n;
     const Raw* residual = kResidual ? static_cast<const Raw*>(a.residual) + row * n : nullptr;
@@ -200,7 +205,7 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
     }
     a.rstd[row] = to.rstd;
     const V near = set(to.near), rest = set(-to.rest * to.rstd), rstd = set(to.rstd);
-    const int64_t ahead = row + 1 < end ? n : 0;
+    const int64_t ahead = is_short ? kRowsAtOnce * n : row + 1 < end ? n : 0;
     fill(tag, y, n, [&](int64_t i, auto lanes) DS_BODY {
       prefetch(x + ahead + i);
       if constexpr (kResidual) prefetch(residual + ahead + i);
@@ -345,16 +350,14 @@ void backward_block(const NormBackward& a, int64_t first, bool last, float* dwei
   }
 }
 
-constexpr int kRowsAtOnce = 4;
 constexpr int64_t kBlockBytes = 512 << 10;  // what four rows of dy and h may take of the second-level cache
-// Shorter rows: some are in one small page, and the hardware foresees none of the next page. With a third array, dh, rows one by one are faster.
-constexpr int64_t kShortRowBytes = 2 << 10;
 
 template <class T, Norm kNorm, bool kWeight, bool kParameters>
 void backward_rows(const NormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
   const int64_t row_bytes = a.columns * static_cast<int64_t>(sizeof(typename T::Raw));
   int64_t row = begin;
   if (row_bytes <= kShortRowBytes) {
+    // With a third array, dh, rows one by one are faster.
     for (; a.dh == nullptr && row + kRowsAtOnce <= end; row += kRowsAtOnce) {
       backward_block<T, kNorm, kWeight, kParameters, kRowsAtOnce, Hints::NextRows>(a, row, true, dweight, dbias);
     }
