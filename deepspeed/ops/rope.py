@@ -74,7 +74,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     @torch.inference_mode(False)  # tables that grew in evaluation serve training as well
     def _tables(self, rows, device):
-        angles = self._angles(torch.arange(rows, device="cpu"))
+        angles = self._angles(torch.arange(rows))
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
     def reset_parameters(self):
