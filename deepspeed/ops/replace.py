@@ -27,7 +27,8 @@ _CHUNK = 1 << 16   # elements that are compared at a time: a trial should not ne
 
 # What torch keeps in every module's __dict__: all else there is a setting of the module.
 _TORCH_S_OWN = frozenset(torch.nn.Module().__dict__)
-_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
+# What somebody's forward raises when it cannot take what a trial gives it; the module then stays as it is, and `refused` says why.
+_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -236,7 +237,7 @@ def _first_that_agrees(module, rule, candidates):
         for choice in candidates:
             try:
                 why = _trial(module, rule, rule.forwards[choice])
-            except _ERRORS as error:  # of either forward: it is not ours to say
+            except _REFUSALS as error:
                 why = f"the trial failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             if not why:
                 return choice, None
@@ -253,7 +254,7 @@ def _trial(module, rule, fused_forward):
     if sizes:
         try:
             differs = _difference(_twin(module, sizes), rule, fused_forward)
-        except _ERRORS:
+        except _REFUSALS:  # tried again in its own widths, which then says what failed
             differs = "in smaller widths the trial failed"
         if not differs:
             return _difference(_twin(module).requires_grad_(False), rule, fused_forward, sizes=(1.0,))
