@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepspeed.ops import replace_modules
-from deepspeed.ops.replace import _difference, _twin
 from deepspeed.ops.replace_rules import RULES
+from deepspeed.ops.replace_trial import disagreement, random_twin
 
 HIDDEN, INNER = 1027, 2048
 
@@ -65,7 +65,7 @@ def test_what_computes_the_same_is_replaced(module):
 def test_a_trial_costs_a_quarter_of_one_in_its_own_widths():
     rule = next(rule for rule in RULES if rule.name == "gated_mlp")
     with Products() as whole:
-        assert not _difference(_twin(WideMLP()), rule, rule.forwards["swiglu"])
+        assert not disagreement(random_twin(WideMLP()), rule, rule.forwards["swiglu"])
     with Products() as ours:
         assert replace_modules(WideMLP()).replaced[""] == "gated_mlp"
     assert ours.count > 0 and 4 * ours.count < whole.count  # and hardly any comparing, which took as long
