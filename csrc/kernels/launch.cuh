@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one launch helper: every kernel starts through `launch`, which checks that it did. And four elements at a time:
+// The one launch helper: every kernel starts through `launch` (or `launch_threads`), which checks that it did. And four elements at a time:
 // loads and stores of a thread's consecutive elements in the storage formats of dispatch.h.
 #pragma once
 
@@ -27,18 +27,24 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream,
-            Arguments&&... arguments) {
+void launch_threads(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                    Arguments&&... arguments) {
   DS_CHECK(blocks > 0 && blocks <= std::numeric_limits<int>::max(), name << ": cannot launch " << blocks << " blocks");
   std::tuple<std::remove_const_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
   std::apply(
       [&](auto&... value) {
         void* pointers[] = {&value...};
-        const cudaError_t status = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0, stream);
+        const cudaError_t status = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers, 0, stream);
         if (status != cudaSuccess) cudaGetLastError();  // it is said here: whoever asks next, torch after its own launch, is not to hear it again
         check(status, name);
       },
       values);
+}
+
+// Blocks of kThreads.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments&&... arguments) {
+  launch_threads(name, kernel, blocks, kThreads, stream, std::forward<Arguments>(arguments)...);
 }
 
 // Blocks so that each thread has one group of kPerThread elements.

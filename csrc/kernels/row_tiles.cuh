@@ -61,6 +61,14 @@ struct Packed {
   } word;
   __device__ __forceinline__ void load(const typename T::Raw* p) { word = *reinterpret_cast<const Word*>(p); }
   __device__ __forceinline__ float operator[](int k) const { return to_float(T{}, word.raw[k]); }
+  // From here on the compiler converts anew: otherwise it keeps a float beside every element, twice the registers.
+  __device__ __forceinline__ void keep_packed() {
+    if constexpr (sizeof(Word) == sizeof(uint4)) {
+      uint4 words = *reinterpret_cast<const uint4*>(&word);
+      asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+      *reinterpret_cast<uint4*>(&word) = words;
+    }
+  }
 };
 
 // A row of `cols` per-column values of dtype T or float32, null for none.

@@ -57,19 +57,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_cuda(const NormGrad
                                         floats(mean), floats(rstd), mutable_data(dx)};
   const auto options = h.options().dtype(in.parameter_dtype.value_or(at::kFloat));
   const bool wanted = in.parameter_dtype.has_value();
-  const auto write_dx = [&] {
-    kernels::norm_backward(arguments, parameters_of(weight, at::Tensor(), in.weight_offset), rows, gpu.stream());
-  };
+  const kernels::NormParameters parameters = parameters_of(weight, at::Tensor(), in.weight_offset);
   if (!wanted || rows == 0) {
-    write_dx();
+    kernels::norm_backward(arguments, parameters, rows, gpu.stream());
     const at::Tensor none = at::zeros({wanted ? columns : 0}, options);
     return {dx, none, layer ? none.clone() : at::Tensor()};
   }
   const at::Tensor workspace = at::empty({kernels::cuda_norm_sums_bytes(in.norm, rows, columns)}, h.options().dtype(at::kByte));
   const at::Tensor sums = at::empty({columns * (layer ? 2 : 1)}, options);
-  kernels::norm_parameter_gradients(arguments, rows, mutable_data(sums), to_dtype(*in.parameter_dtype), mutable_data(workspace),
-                                    gpu.stream());
-  write_dx();  // last: dx may lie where dy is read
+  const kernels::ParameterGradients gradients{mutable_data(sums), to_dtype(*in.parameter_dtype), mutable_data(workspace)};
+  kernels::norm_backward(arguments, parameters, rows, gradients, gpu.stream());
   if (!layer) return {dx, sums, at::Tensor()};
   // Outputs of an operator may not share memory.
   return {dx, sums.narrow(0, 0, columns).clone(), sums.narrow(0, columns, columns).clone()};

@@ -71,9 +71,16 @@ struct NormParameters {
 void norm_forward(const NormForward& a, const NormParameters& parameters, int64_t rows, cudaStream_t stream);
 void norm_backward(const NormBackward& a, const NormParameters& parameters, int64_t rows, cudaStream_t stream);
 
-// The gradients of weight and, behind it, of bias (layer norm): overwrites `out`, [columns] or [2 * columns] of `out_dtype`. The workspace
+// The gradients of weight and, behind it, of bias (layer norm): overwrites `out`, [columns] or [2 * columns] of `dtype`. The workspace
 // holds cuda_norm_sums_bytes. Parts of the sums are cut by the sizes alone and joined in order, so the bits repeat.
+struct ParameterGradients {
+  void* out;
+  DType dtype;
+  void* workspace;
+};
 int64_t cuda_norm_sums_bytes(Norm norm, int64_t rows, int64_t columns);
-void norm_parameter_gradients(const NormBackward& a, int64_t rows, void* out, DType out_dtype, void* workspace, cudaStream_t stream);
+// Those and dx: in one pass over dy and h where registers hold a row, else in two.
+void norm_backward(const NormBackward& a, const NormParameters& parameters, int64_t rows, const ParameterGradients& gradients,
+                   cudaStream_t stream);
 
 }  // namespace ds::kernels

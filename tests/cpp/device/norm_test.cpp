@@ -348,9 +348,10 @@ struct Gradients {
   std::vector<double> sums, sizes;
   Gradients(Arrays& a) : sums(static_cast<size_t>(2 * a.c.columns)), sizes(sums.size()) {
     const int64_t n = a.c.columns;
+    DeviceArray& h = a.c.residual ? a.h : a.x;
     for (int64_t i = 0; i < a.c.rows * n; ++i) {
       const double mean = a.c.norm == Norm::Layer ? a.mean.get(i / n) : 0.0, dy = a.dy.get(i);
-      const double along = dy * ((a.x.get(i) - mean) * a.rstd.get(i / n));
+      const double along = dy * ((h.get(i) - mean) * a.rstd.get(i / n));
       const auto column = static_cast<size_t>(i % n), bias = column + static_cast<size_t>(n);
       sums[column] += along, sizes[column] += std::abs(along);
       sums[bias] += dy, sizes[bias] += std::abs(dy);
@@ -358,53 +359,117 @@ struct Gradients {
   }
 };
 
-void compare_parameter_gradients(Norm norm, DType dtype, DType out_dtype, int64_t rows, int64_t columns, int64_t apart, Which apart_from) {
-  const Case c{norm, dtype, rows, columns, false, true, false, dtype, 0.0f, apart, apart_from};
+// Both together: dx as the reference has it, and the gradients of the parameters.
+void compare_whole_backward(const Case& c, DType out_dtype) {
   SCOPED_TRACE(name(c) + " into " + dtype_name(out_dtype));
-  Arrays a(c);
-  a.mean.fill(7, -0.5f, 0.5f);
-  a.rstd.fill(8, 0.5f, 1.5f);
-  const Gradients want(a);
-  DeviceArray out(out_dtype, columns * (norm == Norm::Layer ? 2 : 1), apart);
-  DeviceArray workspace(DType::F32, cuda_norm_sums_bytes(norm, rows, columns) / 4);
+  const int64_t halves = c.norm == Norm::Layer ? 2 : 1;
+  Arrays want(c), got(c);
+  for (Arrays* a : {&want, &got}) {
+    a->h.fill(9);
+    a->mean.fill(7, -0.5f, 0.5f);
+    a->rstd.fill(8, 0.5f, 1.5f);
+  }
+  const Floats floats(want);
+  NormBackward reference = want.backward();
+  reference.weight = floats.weight_or_null();
+  norm_backward_ref(reference, 0, c.rows, nullptr, nullptr);
+  const Gradients sums(want);
+  DeviceArray out(out_dtype, c.columns * halves, c.apart % 4);
+  DeviceArray workspace(DType::F32, cuda_norm_sums_bytes(c.norm, c.rows, c.columns) / 4);
   in_every_order([&] {
-    spoil(out);
-    spoil(workspace);
-    norm_parameter_gradients(a.backward(), rows, out.data(), out_dtype, workspace.data(), nullptr);
-    EXPECT_TRUE(a.guards_intact() && out.guards_intact() && workspace.guards_intact());
-    // A term is rounded three times, then in a thread's chain of at most 8 rows and a block's of at most 256; blocks add in double.
-    const double roundings = 4 + static_cast<double>(std::min<int64_t>(rows, 8 + 256));
+    for (DeviceArray* a : {&got.dx, &out, &workspace}) spoil(*a);
+    norm_backward(got.backward(), got.parameters(), c.rows, {out.data(), out_dtype, workspace.data()}, nullptr);
+    EXPECT_TRUE(got.guards_intact() && out.guards_intact() && workspace.guards_intact());
+    expect_close(got.dx, want.dx, units(c), 4 * 1.5 * 7 * 7, "dx");
+    // A term is rounded three times, then in a thread's chain of its rows and a block's of its warps; blocks add in double.
+    const double roundings = 4 + static_cast<double>(std::min<int64_t>(c.rows, 264));
     for (int64_t i = 0; i < out.size(); ++i) {
-      const double sum = want.sums[static_cast<size_t>(i)], size = want.sizes[static_cast<size_t>(i)];
+      const double sum = sums.sums[static_cast<size_t>(i)], size = sums.sizes[static_cast<size_t>(i)];
       const double inexact = roundings * 0x1p-24 * size;
       const double bound = rounding(out_dtype) * (std::abs(sum) + inexact) + smallest(out_dtype) + inexact;
       if (std::abs(static_cast<double>(out.get(i)) - sum) <= bound) continue;
       ADD_FAILURE() << "column " << i << ": " << out.get(i) << " for " << sum;
       break;
     }
-    return out.bits();
+    return got.dx.bits() + out.bits();
   });
 }
 
-// Columns around a tile's width and a power of two, rows around the four that a thread asks for at once, and more than 256 blocks of them.
+// Columns around a tile's width and a power of two, with vectors and without; rows around those that a team has at once.
 TEST(DeviceNorm, ParameterGradients) {
   for (Norm norm : {Norm::Layer, Norm::Rms}) {
     for (DType dtype : kFloats) {
       const int64_t vec = vector_of(dtype);
-      for (int64_t columns : {int64_t{0}, int64_t{1}, int64_t{5}, vec, 3 * vec, 33 * vec, 257 * vec, int64_t{300}}) {
+      for (int64_t columns : {int64_t{0}, int64_t{1}, int64_t{5}, vec, 3 * vec, 33 * vec, 65 * vec, 257 * vec, int64_t{300}}) {
         for (int64_t rows : {0, 1, 4, 5, 33}) {
           if (rows > 5 && columns > 33 * vec && dtype != DType::F32) continue;
           const DType out = rows % 2 == 0 ? DType::F32 : dtype;
-          compare_parameter_gradients(norm, dtype, out, rows, columns, columns % 2, Which::All);
+          compare_whole_backward({norm, dtype, rows, columns, rows == 4, rows != 1, false, out, rows == 5 ? 0.5f : 0.0f, columns % 2, Which::All}, out);
           if (HasFailure()) return;
         }
       }
     }
   }
-  compare_parameter_gradients(Norm::Layer, DType::BF16, DType::F16, 1025, 5, 0, Which::All);  // a second block of rows
-  compare_parameter_gradients(Norm::Rms, DType::BF16, DType::F32, 1030, 256, 1, Which::All);  // 256 blocks of four rows are not enough
-  compare_parameter_gradients(Norm::Layer, DType::BF16, DType::F32, 5, 64, 1, Which::Dy);
-  compare_parameter_gradients(Norm::Layer, DType::BF16, DType::F32, 5, 64, 1, Which::X);
+  const auto plain = [](Norm norm, int64_t rows, int64_t columns, int64_t apart, Which which) {
+    return Case{norm, DType::BF16, rows, columns, false, true, false, DType::BF16, 0.0f, apart, which};
+  };
+  compare_whole_backward(plain(Norm::Layer, 1025, 5, 0, Which::All), DType::F16);   // a second block of rows
+  compare_whole_backward(plain(Norm::Rms, 1030, 256, 1, Which::All), DType::F32);   // 256 blocks of four rows are not enough
+  compare_whole_backward(plain(Norm::Rms, 1741, 16, 0, Which::All), DType::F32);    // 216 blocks of eight rows are not enough
+  compare_whole_backward(plain(Norm::Layer, 4, 64, 1, Which::Dy), DType::F32);
+  compare_whole_backward(plain(Norm::Layer, 4, 64, 1, Which::X), DType::F32);
+  compare_whole_backward(plain(Norm::Layer, 4, 64, 1, Which::Dx), DType::F32);
+}
+
+// Both ends of every range of lengths that with_walk() tells apart, and one vector more than it takes.
+TEST(DeviceNorm, RowsAndColumnsAtOnce) {
+  for (DType dtype : kFloats) {
+    bool full = true;
+    for (int64_t vectors : {1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513, 1024, 1025, 2048, 2049, 4096, 4097}) {
+      if (dtype != DType::F32 && vectors > 2049) continue;
+      for (Norm norm : {Norm::Layer, Norm::Rms}) {
+        const int64_t rows = vectors <= 128 ? 9 : vectors <= 512 ? 5 : 2;
+        const DType parameters = full ? DType::F32 : dtype;
+        compare_whole_backward({norm, dtype, rows, vectors * vector_of(dtype), full, true, false, parameters, full ? 0.5f : 0.0f, 0, Which::All}, parameters);
+        if (HasFailure()) return;
+      }
+      full = !full;
+    }
+  }
+  // More rows than blocks take at once: a block's team goes round.
+  compare_whole_backward({Norm::Layer, DType::BF16, 216 * 16 + 3, 16, true, true, false, DType::BF16, 0.0f, 0, Which::All}, DType::F32);
+  compare_whole_backward({Norm::Rms, DType::F32, 216 * 3 + 1, 516, true, true, false, DType::F32, 0.0f, 0, Which::All}, DType::F32);
+  compare_whole_backward({Norm::Layer, DType::F32, 216 * 6 + 1, 520, true, true, false, DType::F32, 0.0f, 0, Which::All}, DType::F32);
+}
+
+TEST(DeviceNorm, WholeBackwardMayBeWrittenInPlace) {
+  for (int64_t columns : {37, 40, 2080, 4104}) {
+    for (Norm norm : {Norm::Layer, Norm::Rms}) {
+      const Case c{norm, DType::BF16, 5, columns, true, true, false, DType::F32, 0.0f, 0, Which::All};
+      Arrays a(c);
+      a.h.fill(9);
+      a.mean.fill(7, -0.5f, 0.5f);
+      a.rstd.fill(8, 0.5f, 1.5f);
+      DeviceArray want(DType::F32, 2 * columns), out(DType::F32, 2 * columns);
+      DeviceArray workspace(DType::F32, cuda_norm_sums_bytes(norm, c.rows, columns) / 4);
+      norm_backward(a.backward(), a.parameters(), c.rows, {want.data(), DType::F32, workspace.data()}, nullptr);
+      for (bool over_dy : {true, false}) {
+        NormBackward in_place = a.backward();
+        DeviceArray& from = over_dy ? a.dy : a.dh;
+        DeviceArray saved(c.dtype, from.size());
+        saved.copy(from);
+        in_place.dx = from.data();
+        in_every_order([&] {
+          from.copy(saved);
+          norm_backward(in_place, a.parameters(), c.rows, {out.data(), DType::F32, workspace.data()}, nullptr);
+          EXPECT_SAME(from, a.dx);
+          EXPECT_SAME(out, want);
+          return from.bits();
+        });
+        from.copy(saved);
+      }
+    }
+  }
 }
 
 TEST(DeviceNorm, RefusesBadArguments) {
@@ -428,12 +493,14 @@ TEST(DeviceNorm, RefusesBadArguments) {
   DeviceArray out(DType::F32, 16), workspace(DType::F32, cuda_norm_sums_bytes(Norm::Layer, 2, 8) / 4);
   b.mean = nullptr;
   EXPECT_THROW(norm_backward(b, a.parameters(), 2, nullptr), ValueError);
-  EXPECT_THROW(norm_parameter_gradients(b, 2, out.data(), DType::F32, workspace.data(), nullptr), ValueError);
+  const auto whole = [&](void* sums, void* memory) { norm_backward(b, a.parameters(), 2, {sums, DType::F32, memory}, nullptr); };
+  EXPECT_THROW(whole(out.data(), workspace.data()), ValueError);
   b = a.backward();
+  EXPECT_THROW(whole(out.data(), nullptr), ValueError);
+  EXPECT_THROW(whole(nullptr, workspace.data()), ValueError);
   b.dx = nullptr;
   EXPECT_THROW(norm_backward(b, a.parameters(), 2, nullptr), ValueError);
-  EXPECT_THROW(norm_parameter_gradients(b, 2, out.data(), DType::F32, nullptr, nullptr), ValueError);
-  EXPECT_THROW(norm_parameter_gradients(b, 2, nullptr, DType::F32, workspace.data(), nullptr), ValueError);
+  EXPECT_THROW(whole(out.data(), workspace.data()), ValueError);
 }
 
 }  // namespace
