@@ -53,6 +53,12 @@ struct BlockTeam {
   }
 };
 
+// exp(x) for results in a storage format: the fast one errs by far less than a 16-bit format rounds.
+template <class T>
+__device__ __forceinline__ float exp_for(float x) {
+  return sizeof(typename T::Raw) == 2 ? __expf(x) : expf(x);
+}
+
 // A thread's running maximum of logits and the sum of exp(z - maximum).
 struct OnlineSum {
   float largest = -INFINITY;

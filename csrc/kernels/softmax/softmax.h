@@ -46,13 +46,29 @@ struct SoftmaxRows {
 // How many leading columns row `row` may see.
 DS_SOFTMAX_BOTH int64_t visible_columns(const SoftmaxRows& s, int64_t row) {
   if (s.queries == 0) return s.columns;
-  const int64_t visible = row % s.queries + 1 + s.columns - s.queries;  // at most s.columns
+#ifdef __CUDA_ARCH__  // where 64 bits are divided by some hundred instructions
+  const int64_t query = (row | s.queries) >> 32 == 0 ? static_cast<uint32_t>(row) % static_cast<uint32_t>(s.queries) : row % s.queries;
+#else
+  const int64_t query = row % s.queries;
+#endif
+  const int64_t visible = query + 1 + s.columns - s.queries;  // at most s.columns
   return visible < 0 ? 0 : visible;
 }
 
 DS_SOFTMAX_BOTH int64_t mask_offset(const MaskView& m, int64_t row) {
   int64_t offset = 0;
 #ifdef __CUDA_ARCH__
+  if (row >> 31 == 0) {  // see above
+    auto left = static_cast<uint32_t>(row);
+#pragma unroll
+    for (int d = MaskView::kMaxDims - 1; d >= 0; --d) {
+      if (d >= m.dims) continue;
+      const uint32_t size = m.sizes[d] > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(m.sizes[d]), rest = left / size;
+      offset += (left - rest * size) * m.strides[d];
+      left = rest;
+    }
+    return offset;
+  }
 #pragma unroll  // indices that are constants: the view stays where the kernel's arguments are
 #endif
   for (int d = MaskView::kMaxDims - 1; d >= 0; --d) {

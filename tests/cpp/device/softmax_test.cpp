@@ -2,6 +2,8 @@
 // The CUDA softmax, run on the host, against the float64 reference, element by element.
 #include "kernels/softmax/softmax.h"
 
+#include <set>
+
 #include "arrays.h"
 #include "base/error.h"
 
@@ -11,9 +13,21 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// Both ends of every range of lengths that in_registers() tells apart, in groups of four and not; longer ones are read twice.
-constexpr int64_t kColumns[] = {1,    3,    4,    5,    127,  128,  129,  132,  256,  257,  260,  512,  515,   516,   1024,  1025,
-                                1028, 2048, 2049, 2052, 4096, 4098, 4100, 8192, 8193, 8196, 16383, 16384, 16385, 16388};
+// Both ends of every range of lengths that in_registers() tells apart, in single elements and in vectors of 4 and of 8; longer ones are read twice.
+const std::vector<int64_t>& lengths() {
+  static const auto* const all = [] {
+    std::set<int64_t> found = {3, 5, 516, 2052, 8196, 16384, 16385, 16388, 16392};
+    for (int64_t most : {32, 64, 128, 256, 512, 1024, 2048, 4096}) {
+      for (int64_t vec : {1, 4, 8}) {
+        if (most * vec > 16384) continue;
+        found.insert(most * vec);
+        found.insert((most + 1) * vec);
+      }
+    }
+    return new std::vector<int64_t>(found.begin(), found.end());
+  }();
+  return *all;
+}
 
 int64_t rows_for(int64_t columns) { return columns <= 1024 ? 9 : 3; }  // a warp a row: the second block has one
 
@@ -77,8 +91,8 @@ void compare_forward(DType dtype, int64_t columns, int64_t apart_x, int64_t apar
 
 TEST(DeviceSoftmax, EveryTeamForward) {
   for (DType dtype : kFloats) {
-    for (int64_t columns : kColumns) {
-      if (columns % 4 == 0) compare_forward(dtype, columns, 0, 0, {columns, 0.9f, 0}, {});
+    for (int64_t columns : lengths()) {
+      compare_forward(dtype, columns, 0, 0, {columns, 0.9f, 0}, {});
       compare_forward(dtype, columns, 0, 0, {columns, -0.37f, 3}, {});  // causal
       if (HasFailure()) return;
     }
@@ -88,8 +102,8 @@ TEST(DeviceSoftmax, EveryTeamForward) {
 TEST(DeviceSoftmax, EveryMask) {
   for (DType dtype : kFloats) {
     for (DType mask_dtype : {DType::F32, DType::BF16, DType::F16, DType::BOOL}) {
-      for (int64_t columns : {4, 7, 1028, 1029, 16388}) {
-        if (columns == 16388 && dtype != DType::F32 && mask_dtype != dtype) continue;
+      for (int64_t columns : {4, 7, 8, 1028, 1029, 1032, 4104, 16384, 16388}) {
+        if (columns > 4104 && dtype != DType::F32 && mask_dtype != dtype) continue;
         for (int64_t apart : {0, 1}) {
           const Mask mask(mask_dtype, rows_for(columns), columns, apart);
           compare_forward(dtype, columns, 0, 0, {columns, 0.6f, 3 * apart}, mask.view);
@@ -138,8 +152,7 @@ void compare_backward(DType dtype, int64_t columns, int64_t queries, int64_t apa
 
 TEST(DeviceSoftmax, EveryTeamBackward) {
   for (DType dtype : kFloats) {
-    for (int64_t columns : kColumns) {
-      if (columns > 8196) continue;
+    for (int64_t columns : lengths()) {
       compare_backward(dtype, columns, columns % 2 == 0 ? 0 : 3, 0, 0, 0);
       if (columns % 4 == 0) compare_backward(dtype, columns, 3, 0, 0, 0);
       if (HasFailure()) return;
