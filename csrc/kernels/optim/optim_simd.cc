@@ -29,40 +29,47 @@ struct Arrays {
   typename Low::Raw* low;
 };
 
-template <class Update, class G, class Low>
-HWY_INLINE V update_vector(const Update& update, V scale, const Arrays<G, Low>& a, int64_t i) {
-  const V g = hn::Mul(load_as(G{}, a.g + i), scale);
-  V p = load_as(F32{}, a.p + i);
-  V s0 = Update::kStates > 0 ? load_as(F32{}, a.states[0] + i) : set(0.0f);
-  V s1 = Update::kStates > 1 ? load_as(F32{}, a.states[1] + i) : set(0.0f);
-  update(g, p, s0, s1);
-  store_as(F32{}, p, a.p + i);
-  if (Update::kStates > 0) store_as(F32{}, s0, a.states[0] + i);
-  if (Update::kStates > 1) store_as(F32{}, s1, a.states[1] + i);
-  return p;
+// Vectors updated at once, each array's together: the cores of today fetch a long run of one array after another faster than single lines in turn
+// (a tenth of an Adam update of one thread). As many as registers hold.
+constexpr int kGroupVectors = HWY_TARGET <= HWY_AVX3 ? 4 : 2;
+constexpr int64_t kGroup = kGroupVectors * kLanes;
+
+template <class T>
+HWY_INLINE void load_group(T tag, const typename T::Raw* from, V (&to)[kGroupVectors]) {
+  for (int k = 0; k < kGroupVectors; ++k) to[k] = load_as(tag, from + k * kLanes);
+}
+HWY_INLINE void store_group(const V (&from)[kGroupVectors], float* to) {
+  for (int k = 0; k < kGroupVectors; ++k) store_as(F32{}, from[k], to + k * kLanes);
 }
 
-constexpr int64_t kPair = 2 * kLanes;
-
 template <class Update, class G, class Low>
-HWY_INLINE void update_pair(const Update& update, V scale, const Arrays<G, Low>& a, int64_t i) {
-  const V first = update_vector(update, scale, a, i);
-  const V second = update_vector(update, scale, a, i + kLanes);
-  if constexpr (!std::is_same_v<Low, None>) store_pair_as(Low{}, first, second, a.low + i);
+HWY_INLINE void update_group(const Update& update, V scale, const Arrays<G, Low>& a, int64_t i) {
+  V g[kGroupVectors], p[kGroupVectors], s0[kGroupVectors], s1[kGroupVectors];
+  load_group(G{}, a.g + i, g);
+  load_group(F32{}, a.p + i, p);
+  if (Update::kStates > 0) load_group(F32{}, a.states[0] + i, s0);
+  if (Update::kStates > 1) load_group(F32{}, a.states[1] + i, s1);
+  for (int k = 0; k < kGroupVectors; ++k) update(hn::Mul(g[k], scale), p[k], s0[k], s1[k]);
+  store_group(p, a.p + i);
+  if (Update::kStates > 0) store_group(s0, a.states[0] + i);
+  if (Update::kStates > 1) store_group(s1, a.states[1] + i);
+  if constexpr (!std::is_same_v<Low, None>) {
+    for (int k = 0; k < kGroupVectors; k += 2) store_pair_as(Low{}, p[k], p[k + 1], a.low + i + k * kLanes);
+  }
 }
 
 // The last elements go through the same vector code, in copies, so that an element's bits do not depend on its place.
 template <class Update, class G, class Low>
 void update_tail(const Update& update, V scale, const Arrays<G, Low>& a, int64_t begin, size_t count) {
-  float p[kPair] = {}, s0[kPair] = {}, s1[kPair] = {};
-  typename G::Raw g[kPair] = {};
-  typename Low::Raw low[kPair];
+  float p[kGroup] = {}, s0[kGroup] = {}, s1[kGroup] = {};
+  typename G::Raw g[kGroup] = {};
+  typename Low::Raw low[kGroup];
   const size_t bytes = count * sizeof(float);
   std::memcpy(p, a.p + begin, bytes);
   std::memcpy(g, a.g + begin, count * sizeof(g[0]));
   if (Update::kStates > 0) std::memcpy(s0, a.states[0] + begin, bytes);
   if (Update::kStates > 1) std::memcpy(s1, a.states[1] + begin, bytes);
-  update_pair(update, scale, Arrays<G, Low>{p, g, {s0, s1}, low}, 0);
+  update_group(update, scale, Arrays<G, Low>{p, g, {s0, s1}, low}, 0);
   std::memcpy(a.p + begin, p, bytes);
   if (Update::kStates > 0) std::memcpy(a.states[0] + begin, s0, bytes);
   if (Update::kStates > 1) std::memcpy(a.states[1] + begin, s1, bytes);
@@ -75,7 +82,7 @@ void update_loop(const Update& constants, float grad_scale, const Arrays<G, Low>
   const Arrays<G, Low> a = arrays;
   const V scale = set(grad_scale);
   int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) update_pair(update, scale, a, i);
+  for (; i + kGroup <= n; i += kGroup) update_group(update, scale, a, i);
   if (i < n) update_tail(update, scale, a, i, static_cast<size_t>(n - i));
 }
 
