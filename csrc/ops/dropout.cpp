@@ -10,6 +10,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "kernels/activation/activation.h"
 #include "kernels/dropout/dropout.h"
 #include "ops/bias.h"
 #include "ops/derivative.h"
