@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA twins of cross_entropy.h: a block owns a row. The forward pass reads it once, with a running maximum a thread; the gradient reads
-// it once more and writes it.
+// it once more and writes it. A thread asks for kAhead vectors (16 bytes each where rows begin at multiples of that) before it looks at any.
 #include "kernels/cross_entropy/cross_entropy.h"
 #include "kernels/cross_entropy/element.h"
+#include "kernels/row_tiles.cuh"
 #include "kernels/softmax/reduce_row.cuh"
 
 namespace ds::kernels {
@@ -10,9 +11,28 @@ namespace {
 
 using namespace cuda;
 
-template <class T>
+constexpr int kAhead = 4;
+
+// body(vector, i) for this thread's vectors of the row, i being the column one begins at.
+template <class T, int kVec, class Body>
+__device__ __forceinline__ void each_vector(const typename T::Raw* x, int64_t columns, const Body& body) {
+  constexpr int64_t kStep = int64_t{kThreads} * kVec;
+  for (int64_t i = int64_t{threadIdx.x} * kVec; i < columns; i += kAhead * kStep) {
+    Packed<kVec, T> in[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k * kStep < columns) in[k].load(x + i + k * kStep);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k * kStep < columns) body(in[k], i + k * kStep);
+    }
+  }
+}
+
+template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    loss_kernel(float* loss, float* stats, const typename T::Raw* x, const int64_t* labels, CrossEntropy c, LabelReport report, bool is_aligned) {
+    loss_kernel(float* loss, float* stats, const typename T::Raw* x, const int64_t* labels, CrossEntropy c, LabelReport report) {
   const int64_t row = blockIdx.x, label = labels[row];
   if (is_out_of_range(c, label)) {  // the whole block
     if (threadIdx.x == 0) {
@@ -31,17 +51,15 @@ __global__ void __launch_bounds__(kThreads)
   x += row * c.columns;
   OnlineSum online;
   float total = 0.0f;
-  for (int64_t i = int64_t{threadIdx.x} * kPerThread; i < c.columns; i += kThreads * kPerThread) {
-    float v[kPerThread];
-    const Group at = group_at(i, c.columns, is_aligned);
-    load(T{}, x, at, v);
+  each_vector<T, kVec>(x, c.columns, [&](const Packed<kVec, T>& in, int64_t) {
+    float v[kVec];
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      total += v[k];  // what load() put beyond the row is 0
-      v[k] = k < at.count ? v[k] : -INFINITY;
+    for (int k = 0; k < kVec; ++k) {
+      v[k] = in[k];
+      total += v[k];
     }
     online.add(v);
-  }
+  });
   RowStats s;
   s.largest = BlockTeam::largest(online.largest);
   s.sum = BlockTeam::sum(online.sum_at(s.largest));
@@ -54,10 +72,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // dx may be x: an element, the label's too, is written by the thread that read it.
-template <class T>
+template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(typename T::Raw* dx, const typename T::Raw* x, const int64_t* labels, const float* stats, const float* weights, float weight,
-                    CrossEntropy c, bool is_aligned) {
+                    CrossEntropy c) {
   const int64_t row = blockIdx.x, label = labels[row];
   const float w = is_out_of_range(c, label) ? NAN : weights != nullptr ? weights[row] : weight;
   const bool nothing = label == c.ignored || w == 0.0f;
@@ -65,19 +83,20 @@ __global__ void __launch_bounds__(kThreads)
   const RowGradient g(c, s, w);
   x += row * c.columns;
   dx += row * c.columns;
-  for (int64_t i = int64_t{threadIdx.x} * kPerThread; i < c.columns; i += kThreads * kPerThread) {
-    float v[kPerThread] = {};
-    const Group at = group_at(i, c.columns, is_aligned);
-    if (!nothing) {
-      load(T{}, x, at, v);
-#pragma unroll
-      for (int k = 0; k < kPerThread; ++k) {
-        const float e = expf(v[k] - s.largest);
-        v[k] = i + k == label ? g.at_label(e) : fmaf(e, g.factor, -g.everywhere);
-      }
-    }
-    store(T{}, v, dx, at);
+  if (nothing) {
+    const float none[kVec] = {};
+    for (int64_t i = int64_t{threadIdx.x} * kVec; i < c.columns; i += int64_t{kThreads} * kVec) store_vector(T{}, none, dx + i);
+    return;
   }
+  each_vector<T, kVec>(x, c.columns, [&](const Packed<kVec, T>& in, int64_t i) {
+    float v[kVec];
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) {
+      const float e = exp_for<T>(in[k] - s.largest);
+      v[k] = i + k == label ? g.at_label(e) : fmaf(e, g.factor, -g.everywhere);
+    }
+    store_vector(T{}, v, dx + i);
+  });
 }
 
 bool any_rows(const CrossEntropy& c, int64_t rows) {
@@ -94,8 +113,9 @@ void cross_entropy(float* loss, float* stats, const void* x, DType dtype, const 
   check_arrays(rows, {{loss, "loss"}, {stats, "stats"}, {x, "x"}, {labels, "labels"}});
   dispatch_float(dtype, "x", [&](auto tag) {
     using T = decltype(tag);
-    launch("cross_entropy", loss_kernel<T>, rows, stream, loss, stats, static_cast<const typename T::Raw*>(x), labels, c, report,
-           aligned({x}) && c.columns % kPerThread == 0);
+    with_vector<T>(aligned({x}) && c.columns % kVecOf<T> == 0, [&](auto vec) {
+      launch("cross_entropy", loss_kernel<T, decltype(vec)::value>, rows, stream, loss, stats, static_cast<const typename T::Raw*>(x), labels, c, report);
+    });
   });
 }
 
@@ -105,8 +125,10 @@ void cross_entropy_backward(void* dx, const void* x, DType dtype, const int64_t*
   check_arrays(rows, {{dx, "dx"}, {x, "x"}, {labels, "labels"}, {stats, "stats"}});
   dispatch_float(dtype, "x", [&](auto tag) {
     using T = decltype(tag);
-    launch("cross_entropy_backward", gradient_kernel<T>, rows, stream, static_cast<typename T::Raw*>(dx),
-           static_cast<const typename T::Raw*>(x), labels, stats, weights, weight, c, aligned({dx, x}) && c.columns % kPerThread == 0);
+    with_vector<T>(aligned({dx, x}) && c.columns % kVecOf<T> == 0, [&](auto vec) {
+      launch("cross_entropy_backward", gradient_kernel<T, decltype(vec)::value>, rows, stream, static_cast<typename T::Raw*>(dx),
+             static_cast<const typename T::Raw*>(x), labels, stats, weights, weight, c);
+    });
   });
 }
 

@@ -64,15 +64,16 @@ struct OnlineSum {
   float largest = -INFINITY;
   float sum = 0.0f;
 
-  __device__ __forceinline__ void add(const float (&z)[kPerThread]) {
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&z)[kCount]) {
     float top = largest;
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) top = fmaxf(top, z[k]);
+    for (int k = 0; k < kCount; ++k) top = fmaxf(top, z[k]);
     sum = sum_at(top);
     largest = top;
     const float shift = top == -INFINITY ? 0.0f : top;
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) sum += expf(z[k] - shift);  // NaNs, which maxima overlook, stay here
+    for (int k = 0; k < kCount; ++k) sum += expf(z[k] - shift);  // NaNs, which maxima overlook, stay here
   }
   // The sum as it is beside a maximum of `top` >= largest.
   __device__ __forceinline__ float sum_at(float top) const { return largest == top || largest == -INFINITY ? sum : sum * expf(largest - top); }
