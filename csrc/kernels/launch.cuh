@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <tuple>
@@ -79,31 +80,115 @@ __device__ __forceinline__ Group group_at(int64_t i, int64_t n, bool is_aligned)
   return {i, count, is_aligned && count == kPerThread};
 }
 
-template <class T>
-__device__ __forceinline__ void load(T tag, const typename T::Raw* p, const Group& at, float (&x)[kPerThread]) {
-  struct alignas(sizeof(typename T::Raw) * kPerThread) Word {
-    typename T::Raw raw[kPerThread];
-  };
-  if (at.whole) {
-    const Word word = *reinterpret_cast<const Word*>(p + at.i);
+// Two elements as they lie in memory, the first in the lower half: one instruction instead of three.
+__device__ __forceinline__ uint32_t from_floats(BF16, float a, float b) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+__device__ __forceinline__ uint32_t from_floats(F16, float a, float b) {
+  const __half2 two = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+// Note [words]. An assignment of 16 bytes is four stores to the compiler, which it does not always put together again: the activations were written
+// 4 bytes at a time, each a request of its own to the second-level cache. So bytes that are to move as one word are stored by one instruction.
+__device__ __forceinline__ void store_word(uint4* p, const uint4& x) {
+#ifdef __NVCC__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#else
+  *p = x;
+#endif
+}
+__device__ __forceinline__ void store_word(uint2* p, const uint2& x) {
+#ifdef __NVCC__
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
+#else
+  *p = x;
+#endif
+}
+__device__ __forceinline__ void store_word(uint32_t* p, uint32_t x) { *p = x; }
+__device__ __forceinline__ void store_word(uint16_t* p, uint16_t x) { *p = x; }
+
+template <size_t kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using Type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using Type = uint4;
+};
+
+// kCount elements, aligned.
+template <class T, int kCount>
+struct alignas(sizeof(typename T::Raw) * kCount) Elements {
+  typename T::Raw raw[kCount];
+  using Word = typename WordOf<sizeof(typename T::Raw) * kCount>::Type;
+
+  __device__ __forceinline__ void load(const typename T::Raw* p) {
+    const Word word = *reinterpret_cast<const Word*>(p);
+    memcpy(raw, &word, sizeof(word));
+  }
+  __device__ __forceinline__ void store(typename T::Raw* p) const {
+    Word word;
+    memcpy(&word, raw, sizeof(word));
+    store_word(reinterpret_cast<Word*>(p), word);
+  }
+  __device__ __forceinline__ void set(const float (&x)[kCount]) {
+    if constexpr (sizeof(typename T::Raw) == 2 && kCount % 2 == 0) {
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) x[k] = to_float(tag, word.raw[k]);
+      for (int k = 0; k < kCount; k += 2) {
+        const uint32_t two = from_floats(T{}, x[k], x[k + 1]);
+        memcpy(raw + k, &two, sizeof(two));
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) raw[k] = from_float(T{}, x[k]);
+    }
+  }
+};
+
+// A group's elements, not yet converted: whoever needs several arrays fetches all of them before converting any. Beyond `count`: zeros.
+template <class T>
+__device__ __forceinline__ Elements<T, kPerThread> fetch(T, const typename T::Raw* p, const Group& at) {
+  Elements<T, kPerThread> e{};
+  if (at.whole) {
+    e.load(p + at.i);
   } else {
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) x[k] = k < at.count ? to_float(tag, p[at.i + k]) : 0.0f;
+    for (int k = 0; k < kPerThread; ++k) {
+      if (k < at.count) e.raw[k] = p[at.i + k];
+    }
   }
+  return e;
+}
+
+template <class T>
+__device__ __forceinline__ void convert(T tag, const Elements<T, kPerThread>& e, float (&x)[kPerThread]) {
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) x[k] = to_float(tag, e.raw[k]);
+}
+
+template <class T>
+__device__ __forceinline__ void load(T tag, const typename T::Raw* p, const Group& at, float (&x)[kPerThread]) {
+  convert(tag, fetch(tag, p, at), x);
 }
 
 template <class T>
 __device__ __forceinline__ void store(T tag, const float (&x)[kPerThread], typename T::Raw* p, const Group& at) {
-  struct alignas(sizeof(typename T::Raw) * kPerThread) Word {
-    typename T::Raw raw[kPerThread];
-  };
   if (at.whole) {
-    Word word;
-#pragma unroll
-    for (int k = 0; k < kPerThread; ++k) word.raw[k] = from_float(tag, x[k]);
-    *reinterpret_cast<Word*>(p + at.i) = word;
+    Elements<T, kPerThread> e;
+    e.set(x);
+    e.store(p + at.i);
   } else {
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {

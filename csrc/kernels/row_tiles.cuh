@@ -28,23 +28,17 @@ constexpr int kVecOf = 16 / sizeof(typename T::Raw);
 
 template <int kVec, class T>
 __device__ __forceinline__ void load_vector(T tag, const typename T::Raw* p, float (&x)[kVec]) {
-  struct alignas(sizeof(typename T::Raw) * kVec) Word {
-    typename T::Raw raw[kVec];
-  };
-  const Word word = *reinterpret_cast<const Word*>(p);
+  Elements<T, kVec> e;
+  e.load(p);
 #pragma unroll
-  for (int k = 0; k < kVec; ++k) x[k] = to_float(tag, word.raw[k]);
+  for (int k = 0; k < kVec; ++k) x[k] = to_float(tag, e.raw[k]);
 }
 
 template <int kVec, class T>
-__device__ __forceinline__ void store_vector(T tag, const float (&x)[kVec], typename T::Raw* p) {
-  struct alignas(sizeof(typename T::Raw) * kVec) Word {
-    typename T::Raw raw[kVec];
-  };
-  Word word;
-#pragma unroll
-  for (int k = 0; k < kVec; ++k) word.raw[k] = from_float(tag, x[k]);
-  *reinterpret_cast<Word*>(p) = word;
+__device__ __forceinline__ void store_vector(T, const float (&x)[kVec], typename T::Raw* p) {
+  Elements<T, kVec> e;
+  e.set(x);
+  e.store(p);
 }
 
 // f(the vector's length as a constant): whole vectors, or single elements.
@@ -56,17 +50,17 @@ void with_vector(bool whole, const F& f) {
 // A vector as it lies in memory, not yet converted: half the registers while it is on its way.
 template <int kVec, class T>
 struct Packed {
-  struct alignas(sizeof(typename T::Raw) * kVec) Word {
-    typename T::Raw raw[kVec];
-  } word;
-  __device__ __forceinline__ void load(const typename T::Raw* p) { word = *reinterpret_cast<const Word*>(p); }
+  Elements<T, kVec> word;
+  __device__ __forceinline__ void load(const typename T::Raw* p) { word.load(p); }
+  __device__ __forceinline__ void store(typename T::Raw* p) const { word.store(p); }
   __device__ __forceinline__ float operator[](int k) const { return to_float(T{}, word.raw[k]); }
   // From here on the compiler converts anew: otherwise it keeps a float beside every element, twice the registers.
   __device__ __forceinline__ void keep_packed() {
-    if constexpr (sizeof(Word) == sizeof(uint4)) {
-      uint4 words = *reinterpret_cast<const uint4*>(&word);
+    if constexpr (sizeof(word) == sizeof(uint4)) {
+      uint4 words;
+      memcpy(&words, &word, sizeof(words));
       asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
-      *reinterpret_cast<uint4*>(&word) = words;
+      memcpy(&word, &words, sizeof(words));
     }
   }
 };
@@ -74,14 +68,27 @@ struct Packed {
 // A row of `cols` per-column values of dtype T or float32, null for none.
 struct ColumnVector {
   const void* at;
-  bool is_f32;
+  bool is_f32, is_aligned;
   template <int kVec, class T>
   __device__ __forceinline__ void load(T tag, int64_t c, float (&x)[kVec]) const {
+    const auto* own = static_cast<const typename T::Raw*>(at);
+    const auto* wide = static_cast<const float*>(at);
+    if (at == nullptr) {
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      x[k] = at == nullptr ? 0.0f
-             : is_f32      ? static_cast<const float*>(at)[c + k]
-                           : to_float(tag, static_cast<const typename T::Raw*>(at)[c + k]);
+      for (int k = 0; k < kVec; ++k) x[k] = 0.0f;
+    } else if (kVec > 1 && is_aligned && !is_f32) {
+      load_vector(tag, own + c, x);
+    } else if (kVec > 1 && is_aligned) {
+#pragma unroll
+      for (int part = 0; part + 4 <= kVec; part += 4) {
+        float four[4];
+        load_vector(F32{}, wide + c + part, four);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) x[part + k] = four[k];
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) x[k] = is_f32 ? wide[c + k] : to_float(tag, own[c + k]);
     }
   }
 };
@@ -197,7 +204,7 @@ inline void check_rows(int64_t rows, int64_t cols, std::initializer_list<NamedAr
 inline ColumnVector column_vector(const void* bias, DType bias_dtype, DType dtype) {
   DS_CHECK_VALUE(bias == nullptr || bias_dtype == dtype || bias_dtype == DType::F32,
                  "bias: dtype must be " << dtype_name(dtype) << " or float32, got " << dtype_name(bias_dtype));
-  return {bias, bias_dtype == DType::F32};
+  return {bias, bias_dtype == DType::F32, aligned({bias})};
 }
 
 inline int64_t parts_bytes(int64_t rows, int64_t summed_cols) {

@@ -93,7 +93,8 @@ struct GatedBackward {
 
 ColumnVector second_half(const ColumnVector& v, DType dtype, int64_t cols) {
   if (v.at == nullptr) return v;
-  return {static_cast<const char*>(v.at) + cols * static_cast<int64_t>(dtype_size(dtype)), v.is_f32};
+  const char* at = static_cast<const char*>(v.at) + cols * static_cast<int64_t>(dtype_size(dtype));
+  return {at, v.is_f32, aligned({at})};
 }
 
 }  // namespace

@@ -58,9 +58,11 @@ __global__ void __launch_bounds__(kThreads) forward_cached(const NormForward a, 
     residual.load(static_cast<const Raw*>(a.residual) + row * n, n);
     Raw* out = static_cast<Raw*>(a.h) + row * n;
     h.each(n, [&](int v, int64_t i) {
+      float sum[kVec];
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) h.vectors[v].word.raw[k] = from_float(T{}, h.vectors[v][k] + residual.vectors[v][k]);
-      *reinterpret_cast<decltype(h.vectors[v].word)*>(out + i) = h.vectors[v].word;
+      for (int k = 0; k < kVec; ++k) sum[k] = h.vectors[v][k] + residual.vectors[v][k];
+      h.vectors[v].word.set(sum);
+      h.vectors[v].store(out + i);
     });
   }
   const Normaliser to = statistics<kNorm, Team<kSize>>(a, [&](auto f) {

@@ -39,10 +39,10 @@ __device__ __forceinline__ void update_group(const Update& update, float grad_sc
   if (i >= n) return;
   const Group at = group_at(i, n, is_aligned);
   float grad[kPerThread], param[kPerThread], first[kPerThread] = {}, second[kPerThread] = {};
-  load(G{}, g, at, grad);
-  load(F32{}, p, at, param);
-  if (Update::kStates > 0) load(F32{}, s0, at, first);
   if (Update::kStates > 1) load(F32{}, s1, at, second);
+  if (Update::kStates > 0) load(F32{}, s0, at, first);
+  load(F32{}, p, at, param);
+  load(G{}, g, at, grad);  // the one that is converted comes last
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) update(mul(grad[k], grad_scale), param[k], first[k], second[k]);
   store(F32{}, param, p, at);
@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kPerThread; i < n; i += stride) {
     const Group at = group_at(i, n, is_aligned);
     float grad[kPerThread], param[kPerThread], first[kPerThread], second[kPerThread], update[kPerThread];
-    load(G{}, g, at, grad);
     load(F32{}, p, at, param);
     load(F32{}, m, at, first);
     load(F32{}, v, at, second);
+    load(G{}, g, at, grad);
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       update[k] = direction(mul(grad[k], grad_scale), param[k], first[k], second[k]);

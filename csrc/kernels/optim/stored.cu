@@ -67,9 +67,9 @@ __device__ __forceinline__ Raw load_raw(const void* base, int size, const Group&
 
 __device__ __forceinline__ void store_raw(const Raw& raw, void* base, int size, const Group& at) {
   if (at.whole) {
-    if (size == 4) *reinterpret_cast<uint4*>(static_cast<uint32_t*>(base) + at.i) = make_uint4(raw.words[0], raw.words[1], raw.words[2], raw.words[3]);
-    else if (size == 2) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + at.i) = make_uint2(raw.words[0], raw.words[1]);
-    else *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(base) + at.i) = raw.words[0];
+    if (size == 4) store_word(reinterpret_cast<uint4*>(static_cast<uint32_t*>(base) + at.i), make_uint4(raw.words[0], raw.words[1], raw.words[2], raw.words[3]));
+    else if (size == 2) store_word(reinterpret_cast<uint2*>(static_cast<uint16_t*>(base) + at.i), make_uint2(raw.words[0], raw.words[1]));
+    else store_word(reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(base) + at.i), raw.words[0]);
     return;
   }
 #pragma unroll

@@ -159,7 +159,7 @@ __device__ __forceinline__ void copy_heads(const DeviceRope& d, int first_head, 
   for (int h = first_head; h < d.heads && h < first_head + kHeadsAtOnce; ++h) {
     Packed<kVec, T> x;
     x.load(head_in<Raw>(d, h, b, s) + at);
-    *reinterpret_cast<typename Packed<kVec, T>::Word*>(head_out<Raw>(d, h, b, s) + at) = x.word;
+    x.store(head_out<Raw>(d, h, b, s) + at);
   }
 }
 
