@@ -102,7 +102,7 @@ def cases(args):
             for name, dtype in DTYPES.items():
                 for columns in COLUMNS:
                     torch.manual_seed(0)
-                    rows = max(1, (args.elements if on_cpu else 16 * args.elements) // columns)
+                    rows = max(1, (args.elements if on_cpu else 32 * args.elements) // columns)
                     problem = Problem(kind, with_residual, dtype, rows, columns, args.device)
                     ways = with_compiled(args, {"ours": ours, "torch": theirs} | ({"llama": llama} if kind == "rms" else {}))
                     array = problem.x.numel() * problem.x.element_size()
