@@ -147,7 +147,7 @@ class Watch(threading.Thread):
     # ---- every turn
 
     def run(self):
-        while not self._stopped.wait(self.turn_s):
+        while not self._stopped.is_set():  # the first turn at once: a rank that stops in its first second has said who it is
             oldest_s = 0.0
             try:
                 oldest_s = self._oldest_wait_s()
@@ -159,6 +159,7 @@ class Watch(threading.Thread):
                 if not self._stopped.is_set() and dist.is_initialized():
                     logger.warning(f"hang detection stops: {type(error).__name__}: {error}")
                 return
+            self._stopped.wait(self.turn_s)
 
     def _turn(self, oldest_s):
         if not self._introduced:

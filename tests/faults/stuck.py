@@ -76,6 +76,8 @@ def _engine(folder, silence_s, stage=3):
                                     "stage3_prefetch_bucket_size": 300}}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     _step(engine)
+    while watch._watch._rank0 is None:  # until everybody has said who it is and has heard who rank 0 is
+        time.sleep(0.01)
     dist.barrier()
     watch.start(section=SimpleNamespace(enabled=True, silence_s=silence_s, flight_record=folder))
     return engine, dist.get_rank()
@@ -132,7 +134,6 @@ def stopped(folder, silence_s):
 
 def rank_0_stopped(folder, silence_s):
     engine, rank = _engine(folder, silence_s)
-    time.sleep(0.5)  # the others have heard who rank 0 is
     if rank == 0:
         _stuck()
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -307,7 +307,8 @@ _pools = {}
 def _context():
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server loads OpenMP: forked ranks inherit its choice
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest"])
+    # torch._dynamo, which the first step of any optimizer imports: a second of each rank.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest"])
     atexit.register(shutdown)
     return context
 
