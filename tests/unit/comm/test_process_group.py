@@ -2,26 +2,21 @@
 """Starting, adopting and refusing process groups; each start in a process of its own."""
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from deepspeed import comm
+from tests.parity import forked
 from tests.parity.launch import on_ranks
 
-ROOT = Path(__file__).resolve().parents[3]
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run_python(code, **environ):
     clean = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          env={**clean, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", **environ})
-    return done
+    return forked.run_python(code, {**clean, "DS_ACCELERATOR": "cpu", **environ})
 
 
 def free_port():
