@@ -4,6 +4,7 @@
 Note [Where an update runs]: parameters on the CPU, and on a GPU if CUDA code was built, are updated in C++ (``deepspeed._C``), all of a
 group's parameters in one call. On any other device the same formula runs in torch operations (``deepspeed.ops.reference``).
 """
+import collections
 import contextlib
 import re
 
@@ -45,8 +46,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     torch_names = {}  # what torch.optim calls a state, where it differs
     unsigned_states = ("exp_avg_sq",)  # those that are never negative
     has_whole_norms = False  # whether the update needs numbers of a whole parameter: then not of a DTensor's part
-    _has_dtensors = False
-    _settings = ("_storage", "_has_dtensors")  # attributes that copies and pickles carry; torch carries defaults, state and param_groups alone
+    _has_dtensors = _has_repeats = False
+    _settings = ("_storage", "_has_dtensors", "_has_repeats")  # attributes that copies and pickles carry; torch carries defaults, state and param_groups alone
 
     def __init__(self, params, defaults, fp32_optimizer_states=True, **options):
         flags = {key: options.pop(key) for key in (*_HARMLESS, *_REFUSED) if key in options}
@@ -79,6 +80,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_params(self.param_groups[-1])
 
     def _check_params(self, group):
+        self._has_repeats |= len(set(group["params"])) < len(group["params"])  # torch has warned of it
         for p in group["params"]:
             if not is_plain(p):
                 self._check_subclass(p)
@@ -143,9 +145,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group):
-        """One update of the group. A batch that is refused leaves no trace: states appear and steps count when the update is done."""
+        """One update of the group."""
+        for part in self._rounds(group) if self._has_repeats else (group,):
+            self._step_part(group, part)
+
+    @staticmethod
+    def _rounds(group):
+        """A parameter that a group holds twice is updated twice in a step, as by torch: groups of the first occurrences, the second ones, .."""
+        rounds, count = [], collections.Counter()
+        for p in group["params"]:
+            if count[p] == len(rounds):
+                rounds.append({**group, "params": []})
+            rounds[count[p]]["params"].append(p)
+            count[p] += 1
+        return rounds
+
+    def _step_part(self, group, part):
+        """A batch that is refused leaves no trace: states appear and steps count when the update is done."""
         names = self._names_in(group)
-        for (_, _, step, is_new), (params, grads, states) in self._batches(group).items():
+        for (_, _, step, is_new), (params, grads, states) in self._batches(part).items():
             device = params[0].device
             backend = _backend(device)
             now = [{"step": 0, **self._fresh(p, names), **s} for p, s in zip(params, states)] if is_new else states

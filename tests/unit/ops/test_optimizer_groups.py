@@ -10,6 +10,7 @@ from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeed.ops.muon import Muon, MuonWithAuxAdam
 from deepspeed.ops.sgd import FusedSGD
 
 NAN = float("nan")
@@ -192,6 +193,51 @@ def test_a_refused_step_does_not_count(kind):
     with pytest.raises(ValueError, match="overlaps itself or has gaps"):
         optimizer.step()
     assert optimizer.state[good]["step"] == 3 and not optimizer.state[gapped]  # two batches now: the first was updated, and counts
+
+
+KINDS = [FusedAdam, DeepSpeedCPUAdam, FusedLamb, FusedLion, DeepSpeedCPULion, DeepSpeedCPUAdagrad, FusedSGD, Muon, MuonWithAuxAdam]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_twice_in_a_group_is_updated_twice(kind):
+    """As by torch, which warns of it: with the same gradient, one update after the other."""
+    (p, q), (twin, other) = twins((3, 5), (7, 2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        repeated = kind([p, q, p], lr=0.1)
+    once = kind([twin, other], lr=0.1)
+    for _ in range(3):
+        step(1, (repeated, [p, q]), (once, [twin, other]))
+        other.grad = None
+        once.step()
+    assert torch.equal(p.detach(), twin.detach()) and torch.equal(q.detach(), other.detach())
+    assert repeated.state[p].get("step") == once.state[twin].get("step") and repeated.state[q].get("step") == once.state[other].get("step")
+    again = pickle.loads(pickle.dumps(repeated))
+    a, b = again.param_groups[0]["params"][:2]
+    step(1, (again, [a, b]), (once, [twin, other]), seed=2)
+    other.grad = None
+    once.step()
+    assert torch.equal(a.detach(), twin.detach()) and torch.equal(b.detach(), other.detach())
+
+
+@pytest.mark.parametrize("case", ["adamw", "adagrad", "sgd"])  # torch's momentum begins anew with the second update of the first step
+def test_a_parameter_twice_in_a_group_is_updated_as_by_torch(case):
+    torch_kind, kind, _ = NAMESAKES[case]
+    (p, q), (twin, other) = twins((3, 5), (7,))
+    options = dict(lr=0.01, weight_decay=0.1)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        step(3, (kind([p, q, p], **options), [p, q]), (torch_kind([twin, other, twin], foreach=False, **options), [twin, other]))
+    assert_near([p, q], [twin, other])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_in_two_groups_is_refused(kind):
+    (p, q), _ = twins((3, 5), (7, 2))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        kind([{"params": [p, q]}, {"params": [p]}], lr=0.1)
+    optimizer = kind([p], lr=0.1)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [q, p]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_sparse_gradients_are_refused_by_the_parameters_name():
