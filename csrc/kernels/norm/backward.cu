@@ -137,6 +137,7 @@ struct Walk {
   static constexpr bool kKept = kKept_;   // false: there are no registers for the rows; they are read again for dx
   static constexpr int kHalves = kNorm == Norm::Layer ? 2 : 1;
   static constexpr int kSums = kHalves * kVectors * kVec;
+  static constexpr bool kEarlyDh = kKept && 12 * kVectors * kRows + kSums <= 96;  // there are registers for dh while the sums are made
   using Format = T;
   using Row = CachedRow<T, kSize, kVectors>;
   // The column that sum q belongs to, in the row of sums: weight's, then bias's.
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(Team<W::kSize>::kBlock, W::kSize > kThreads ? 
         }
       }
     }
-    if (W::kKept && dh != nullptr) {  // on its way while the sums are made
+    if (W::kEarlyDh && dh != nullptr) {  // on its way while the sums are made
 #pragma unroll
       for (int r = 0; r < kRows; ++r) more[r].load(dh + row[r] * n, n);
     }
@@ -255,8 +256,8 @@ __global__ void __launch_bounds__(Team<W::kSize>::kBlock, W::kSize > kThreads ? 
         if (!W::kKept) {
           grad[r].vectors[v].load(dy + at);
           value[r].vectors[v].load(h + at);
-          if (dh != nullptr) more[r].vectors[v].load(dh + at);
         }
+        if (!W::kEarlyDh && dh != nullptr) more[r].vectors[v].load(dh + at);
         float out[kVec];
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {

@@ -97,7 +97,9 @@ __device__ __forceinline__ float divide(float e, float sum, float inverse) {
   return sizeof(typename T::Raw) == 2 ? quotient : fmaf(fmaf(-quotient, sum, e), inverse, quotient);
 }
 
-constexpr int kMasksAtOnce = 4;
+// Vectors of the mask that are asked for together: more would not fit in registers.
+template <int kVec, int kVectors>
+constexpr int kMasksAtOnce = kVec * kVectors >= 64 ? 1 : kVectors >= 8 ? 2 : kVectors;
 
 template <class T, class Team, int kVec, int kVectors, bool kMasked>
 __global__ void __launch_bounds__(kThreads)
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if constexpr (kMasked) {
     const RowMask m = row_mask(mask, row, kVec);
-    constexpr int kAtOnce = kVectors < kMasksAtOnce ? kVectors : kMasksAtOnce;
+    constexpr int kAtOnce = kMasksAtOnce<kVec, kVectors>;
 #pragma unroll
     for (int base = 0; base < kVectors; base += kAtOnce) {
       MaskWords<kVec> words[kAtOnce];
