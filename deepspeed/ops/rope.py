@@ -74,7 +74,9 @@ class RotaryEmbedding(torch.nn.Module):
 
     @torch.inference_mode(False)  # tables that grew in evaluation serve training as well
     def _tables(self, rows, device):
-        angles = self._angles(torch.arange(rows))
+        """On `device`, or on the default one; computed on the CPU whichever that is, unless there are no values at all."""
+        device = torch.get_default_device() if device is None else torch.device(device)
+        angles = self._angles(torch.arange(rows, device="meta" if device.type == "meta" else "cpu"))
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
     def reset_parameters(self):

@@ -175,3 +175,18 @@ REFUSED = {
 def test_refuses_by_name(said):
     with pytest.raises(ValueError, match=said):
         REFUSED[said]()
+
+
+@pytest.mark.parametrize("context", ["meta", "cpu"])
+@pytest.mark.parametrize("home", ["meta", "cpu"])
+def test_tables_grow_where_they_lie(home, context):
+    with torch.device(home):
+        module = RotaryEmbedding(8, max_positions=4)
+    q = torch.randn(1, 9, 2, 8, device=home)
+    with torch.device(context):
+        rotated = module(q, q)[0]
+        assert module.cos.shape == (9, 4) and module.cos.device.type == module.sin.device.type == rotated.device.type == home
+        module.reset_parameters()
+        assert module.cos.device.type == home
+    if home == "cpu":
+        assert torch.equal(module.cos, RotaryEmbedding(8, max_positions=9).cos)
