@@ -66,14 +66,27 @@ def dropout_add(x, residual, p=0.5, training=True, bias=None):
 
     x, residual: one shape [.., d]; bias: [d] or None. The random bits come from torch's generator of the device (torch.manual_seed repeats
     them, torch.utils.checkpoint recomputes with the same) by Philox 4x32-10; the mask is made again in the backward pass, not stored, and is
-    the same for any number of threads."""
+    the same for any number of threads. Under torch.vmap only randomness="same" is taken: one mask for all elements."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p must lie in [0, 1], got {p}")
     check_given(x=x)
     if not training or p == 0.0:
         return ops().dropout_add(x, residual, bias, 0.0, torch.zeros(2, dtype=torch.int64, device=x.device))
+    _check_one_mask()
     # Of an array of its own: torch.compile merges equal calls, seeded or not, and this one must not be.
     return ops().dropout_add(x, residual, bias, p, ops().philox_state(torch.empty(0, device=x.device)))
+
+
+def _check_one_mask():
+    """Under torch.vmap all elements get one mask, which is right for randomness="same" alone."""
+    if torch.compiler.is_compiling():
+        return
+    for level in torch._C._functorch.get_interpreter_stack() or ():
+        if level.key() == torch._C._functorch.TransformType.Vmap:
+            randomness = torch._C._functorch.CVmapInterpreterPtr(level).randomness()
+            if randomness != torch._C._functorch.RandomnessType.Same:
+                raise RuntimeError(f"dropout_add under vmap(randomness={randomness.name.lower()!r}): it has one mask for all elements. Pass "
+                                   "randomness='same' if that is meant; for a mask of each element's own call it on the whole batch, outside vmap")
 
 
 class _FusedActivation(torch.nn.Module):

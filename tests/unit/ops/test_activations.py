@@ -178,3 +178,15 @@ REFUSED = {
 def test_refuses_by_name(said):
     with pytest.raises(ValueError, match=said):
         REFUSED[said]()
+
+
+def test_dropout_under_vmap_has_one_mask_or_is_refused():
+    x = torch.ones(4, 256)
+    module = activations.FusedDropoutAdd(0.5)
+    masks = torch.vmap(lambda row: module(row, torch.zeros(256)), randomness="same")(x) == 0
+    assert 64 < masks[0].sum() < 192 and torch.equal(masks, masks[:1].expand(4, -1))
+    for randomness in ("error", "different"):
+        for depth in (lambda f: f, lambda f: torch.vmap(f, in_dims=0, randomness="same")):  # the inner vmap's is not all that counts
+            with pytest.raises(RuntimeError, match=f"dropout_add under vmap.randomness='{randomness}'"):
+                torch.vmap(depth(lambda row: module(row, torch.zeros_like(row))), randomness=randomness)(x.reshape(2, 2, 256))
+    assert torch.equal(torch.vmap(lambda row: module.eval()(row, row))(x), 2 * x)
