@@ -54,7 +54,8 @@ def replace_modules(model, include=None, exclude=()):
     include, exclude: names of rules, of "layer_norm", "rms_norm", "activation", "gated_mlp", "softmax", "cross_entropy"; default: all.
     What was not tried goes the module's own way: input of another dtype than the weights, autocast of anything but float32, dtypes or devices without
     kernels, keyword or further arguments, a module whose settings or activation changed or whose activation got hooks since then.
-    Weights, their names and hooks are untouched. On a compiled module it must be called before torch.compile.
+    Weights, their names and hooks are untouched. On a compiled module it must be called before torch.compile. torch.jit.trace keeps the fused operators,
+    torch.jit.script refuses them.
     """
     wanted = _wanted(include, exclude)
     replacement, verdicts = Replacement(model), {}
@@ -144,9 +145,18 @@ def _attributes(module):
 def _is_as_tried(module):
     for name, tried in module._as_tried.items():
         now = module.__dict__[name] if name in module.__dict__ else module._modules.get(name)
-        if now is not tried and not (type(now) is type(tried) and isinstance(now, (int, float)) and now == tried):
+        if now is not tried and not _is_equal(now, tried):
             return False
     return not module._modules or not _is_watched(module)
+
+
+def _is_equal(now, tried):
+    """Numbers, and tuples of them, of which torch.export leaves copies."""
+    if type(now) is not type(tried):
+        return False
+    if isinstance(now, tuple):
+        return len(now) == len(tried) and all(map(_is_equal, now, tried))
+    return isinstance(now, (int, float)) and now == tried
 
 
 def _kind(module):
@@ -184,8 +194,15 @@ def _fused_class(original, rule_name, choice):
             "forward": _where_tried(original, forward), "_replaced_class": original, "__doc__": f"{original.__name__} with a fused forward ({rule_name}).",
             # The class cannot be found by name: pickles and copies make it again.
             "__reduce_ex__": lambda self, protocol: (_rebuild, (original, rule_name, choice), self.__dict__),
+            "__prepare_scriptable__": _refuse_script,
         })
     return _classes[key]
+
+
+def _refuse_script(module):
+    """torch.jit.script calls this. It reads source text, and would find the own forward's with names that it cannot resolve."""
+    raise RuntimeError(f"torch.jit.script cannot compile the fused forward of {type(module).__name__}: call deepspeed.ops.restore_modules(model) "
+                       "first, or use torch.jit.trace, torch.export or torch.compile, which keep it")
 
 
 def _where_tried(original, fused):

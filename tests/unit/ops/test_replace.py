@@ -430,3 +430,19 @@ def test_the_default_device_is_no_trial_s_concern():
     modules = torch.nn.Sequential(LlamaLikeRMSNorm(D), GatedMLP(torch.nn.SiLU()), torch.nn.CrossEntropyLoss())
     with torch.device("meta"):
         assert set(replace_modules(modules).replaced) >= {"0", "1", "2"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_traced_or_refused_to_be_scripted(model):
+    body, x = model.body[:5], batch()[0]
+    expected = body(x)
+    replace_modules(body)
+    fused, classes = body(2 * x), [type(m) for m in body.modules()]
+    traced, exported = torch.jit.trace(body, x), torch.export.export(body, (x,))
+    assert torch.equal(traced(2 * x), fused) and str(traced.inlined_graph).count("= deepspeed::") == 4
+    assert torch.equal(exported.module()(2 * x), fused) and str(exported.graph).count("torch.ops.deepspeed.") == 4
+    with pytest.raises(RuntimeError, match=r"fused forward of FusedLayerNorm: call deepspeed.ops.restore_modules.model. first, or use torch.jit.trace"):
+        torch.jit.script(body)
+    assert [type(m) for m in body.modules()] == classes and torch.equal(body(2 * x), fused)
+    restore_modules(body)
+    assert torch.equal(torch.jit.script(body)(x), expected)
