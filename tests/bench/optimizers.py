@@ -167,21 +167,22 @@ def cases(args):
     yield from many_small(device)
 
 
-def medians_of(bodies, rounds):
-    """Median seconds of each, in turns, after a round that does not count."""
+def times_in_turns(bodies, rounds):
+    """Seconds of each in every round, the order turned round from one to the next, after two that do not count."""
     spent = {name: [] for name in bodies}
-    for turn in range(rounds + 1):
-        for name, body in bodies.items():
+    for turn in range(-2, rounds):
+        for name, body in list(bodies.items())[::-1 if turn % 2 else 1]:
             begin = time.perf_counter()
             body()
-            if turn:
+            if turn >= 0:
                 spent[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(seconds) for name, seconds in spent.items()}
+    return spent
 
 
 def in_pairs(numel, threads, rounds, python):
     """AdamW fp32, ours and one peer at a time in turns, beside a copy of 256 MiB and an addition in place of as much, which like an update reads
-    what it writes."""
+    what it writes. What memory gives changes from second to second where others share it: the ratio is the median of the rounds' ratios, with its
+    quartiles."""
     torch.set_num_threads(threads)
     checker(adam, ADAM, "cpu")()
     source, target = torch.ones(2**26), torch.empty(2**26)
@@ -192,12 +193,13 @@ def in_pairs(numel, threads, rounds, python):
     ours = adam([parameter(numel)]).step
     for name, make in peers.items():
         body = make()
-        seconds = medians_of({OURS: ours, name: body, CEILING: lambda: target.copy_(source), "addition": lambda: target.add_(source)}, rounds)
+        spent = times_in_turns({OURS: ours, name: body, CEILING: lambda: target.copy_(source), "addition": lambda: target.add_(source)}, rounds)
+        seconds = {who: statistics.median(times) for who, times in spent.items()}
+        low, ratio, high = statistics.quantiles((theirs / mine for theirs, mine in zip(spent[name], spent[OURS])), n=4)
         copy_rate, addition_rate = 2 * source.nbytes / seconds[CEILING] / 1e9, 3 * source.nbytes / seconds["addition"] / 1e9
         for who in (OURS, name):
             rate = 28 * numel / seconds[who] / 1e9
-            ratio = seconds[name] / seconds[OURS]
-            bar = f" | {name} {ratio:5.2f}x (bar {BAR}{' MISSED' if ratio < BAR else ''})" if who == OURS else ""
+            bar = f" | {name} {ratio:5.2f}x ({low:.2f} to {high:.2f}; bar {BAR}{' MISSED' if ratio < BAR else ''})" if who == OURS else ""
             print(f"{who:18s} {seconds[who] * 1e3:9.1f} ms {rate:6.1f} GB/s, {rate / copy_rate:4.0%} of {CEILING}, {rate / addition_rate:4.0%} of addition{bar}", flush=True)
         if isinstance(body, Peer):
             body.close()
@@ -208,6 +210,6 @@ def in_pairs(numel, threads, rounds, python):
 if __name__ == "__main__":
     if "--pairs" in sys.argv:
         option = lambda name, default: sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default  # noqa: E731
-        in_pairs(int(option("--pairs", 0)), int(option("--threads", 1)), int(option("--rounds", 5)), option("--peer", ""))
+        in_pairs(int(option("--pairs", 0)), int(option("--threads", 1)), int(option("--rounds", 30)), option("--peer", ""))
     else:
         op_race.main(__doc__, cases, numel=64_000_000, peer="", pairs=0)
