@@ -79,14 +79,22 @@ def dropout_add(x, residual, p=0.5, training=True, bias=None):
 
 def _check_one_mask():
     """Under torch.vmap all elements get one mask, which is right for randomness="same" alone."""
-    if torch.compiler.is_compiling():
-        return
-    for level in torch._C._functorch.get_interpreter_stack() or ():
-        if level.key() == torch._C._functorch.TransformType.Vmap:
-            randomness = torch._C._functorch.CVmapInterpreterPtr(level).randomness()
-            if randomness != torch._C._functorch.RandomnessType.Same:
-                raise RuntimeError(f"dropout_add under vmap(randomness={randomness.name.lower()!r}): it has one mask for all elements. Pass "
-                                   "randomness='same' if that is meant; for a mask of each element's own call it on the whole batch, outside vmap")
+    randomness = _other_randomness()
+    if randomness:
+        raise RuntimeError(f"dropout_add under vmap(randomness={randomness!r}): it has one mask for all elements. Pass randomness='same' if that is meant; "
+                           "for a mask of each element's own call it on the whole batch, outside vmap")
+
+
+@torch.compiler.assume_constant_result  # asked while torch.compile traces; it compiles anew where other transforms are around
+def _other_randomness():
+    """What a torch.vmap around this call was given as randomness, unless it is "same"."""
+    functorch = torch._C._functorch
+    for level in functorch.get_interpreter_stack() or ():
+        if level.key() == functorch.TransformType.Vmap:
+            randomness = functorch.CVmapInterpreterPtr(level).randomness()
+            if randomness != functorch.RandomnessType.Same:
+                return randomness.name.lower()
+    return ""
 
 
 class _FusedActivation(torch.nn.Module):

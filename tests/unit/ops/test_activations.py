@@ -190,3 +190,18 @@ def test_dropout_under_vmap_has_one_mask_or_is_refused():
             with pytest.raises(RuntimeError, match=f"dropout_add under vmap.randomness='{randomness}'"):
                 torch.vmap(depth(lambda row: module(row, torch.zeros_like(row))), randomness=randomness)(x.reshape(2, 2, 256))
     assert torch.equal(torch.vmap(lambda row: module.eval()(row, row))(x), 2 * x)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_dropout_under_a_compiled_vmap_has_one_mask_or_is_refused():
+    x = torch.ones(2, 256)
+
+    def masks(randomness):
+        def function(x):
+            return torch.vmap(lambda row: activations.dropout_add(row, torch.zeros_like(row)), randomness=randomness)(x)
+        return torch.compile(function, backend="eager", fullgraph=randomness == "same")(x) == 0
+
+    same = masks("same")
+    assert 64 < same[0].sum() < 192 and torch.equal(same[0], same[1])
+    with pytest.raises(RuntimeError, match="dropout_add under vmap.randomness='different'"):
+        masks("different")
