@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.parity.launch import _context
+from tests.parity.launch import _context, _die_with_parent
 
 
 class Done(NamedTuple):
@@ -33,6 +33,7 @@ def run_python(code, environ, timeout_s=60):
 
 
 def _main(code, environ, out, err):
+    _die_with_parent()
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
