@@ -133,6 +133,52 @@ def test_table():
     assert running.table(["a", "b"], [[1, 2]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
 
 
+class SleepingGpu:
+    """torch.cuda's clock and events, for a GPU that sleeps a cycle a unit of time and works `work` units a call, and a host that asks for a call each `host`."""
+
+    def __init__(self, work, host):
+        self.work, self.host_s, self.slept = work, host, []
+        self.now = self.busy_until = 0.0  # the host's time, and that at which the GPU is done
+
+    def _sleep(self, cycles):
+        self.slept.append(cycles)
+        self.busy_until = self.now + cycles
+
+    def body(self):
+        self.now += self.host_s
+        self.busy_until = max(self.busy_until, self.now) + self.work
+
+    def Event(self, enable_timing):  # noqa: N802
+        gpu = self
+
+        class Recorded:
+            def record(self):
+                self.at = max(gpu.busy_until, gpu.now)
+
+            def query(self):
+                return gpu.now >= self.at
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+        return Recorded()
+
+
+@pytest.mark.parametrize("host, sleeps", [(10, 1), (1_000_000, 2), (5_000_000, 3), (10_000_000, 3)])
+def test_on_a_gpu_the_host_is_ahead(monkeypatch, host, sleeps):
+    gpu = SleepingGpu(work=700, host=host)
+    for name in ("_sleep", "Event"):
+        monkeypatch.setattr(op_race.torch.cuda, name, getattr(gpu, name))
+    measured = op_race._seconds(gpu.body, torch.device("cuda"), ahead=True) * 1e4
+    assert gpu.slept == list(op_race.HEAD_START_CYCLES[:sleeps])
+    if host < 6_000_000:
+        assert measured == 7000  # the ten calls' own time
+    else:
+        assert measured > 7000   # a host that no sleep waits for
+
+
 def _result(ours, copy, **others):
     return {"case": "a", "moved_bytes": 100, "copied_bytes": 1000, "bars": {"copy": 0.9, "compiled": 1.3}, "ours_s": ours, "copy_s": copy, **others}
 
