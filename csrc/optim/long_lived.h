@@ -20,6 +20,9 @@ at::Tensor long_lived_copy(const at::Tensor& source);
 // Moves the pages of a tensor on the host that is there to stay, whoever allocated it, together into huge pages; its address stays. Advice.
 void settle(const at::Tensor& t);
 
+// For what may stay or not, as gradients: settled when it is seen a second time and has been alive in between. Small tensors are left alone.
+void settle_if_it_stays(const at::Tensor& t);
+
 // Frees what a dense tensor on the host occupies, and its values with it; its address stays. False, with errno, where the system keeps it.
 bool discard(const at::Tensor& t);
 

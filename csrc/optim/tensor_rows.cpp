@@ -186,6 +186,7 @@ Rows checked_rows(const Tensors& params, const Tensors& grads, const std::vector
     }
     if (row.numel > 0) check_apart(row, p, g, states, i);
     ops::mark_written(p);
+    settle_if_it_stays(g);
     if (row.numel > 0 || keep_empty) result.rows.push_back(row);
   }
   return result;
