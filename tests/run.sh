@@ -37,11 +37,18 @@ package() {
   cmake --build build/package --target torch_tests && ctest --test-dir build/package -L torch --no-tests=error --output-on-failure -j 2
 }
 
+run_pytest() { OMP_NUM_THREADS=1 timeout --kill-after=10 2700 "$VENV_PYTHON" -m pytest -q "$@"; }
+
+# Tests of faults mostly wait for time to pass: they run beside the others, and say how they went behind them.
 python_tests() {
-  local paths=() path
-  for path in tests/unit tests/parity tests/compat tests/faults tests/bench; do [ -d "$path" ] && paths+=("$path"); done
-  [ $# -gt 0 ] && paths=("$@")
-  OMP_NUM_THREADS=1 timeout --kill-after=10 2700 "$VENV_PYTHON" -m pytest -q "${paths[@]}"
+  [ $# -eq 0 ] || { run_pytest "$@"; return; }
+  run_pytest tests/faults >build/faults.log 2>&1 &
+  local faults=$! ok=0
+  trap "kill $faults 2>/dev/null || true" EXIT  # when the script is stopped
+  run_pytest tests/unit tests/parity tests/compat tests/bench || ok=1
+  wait "$faults" || ok=1
+  cat build/faults.log
+  return "$ok"
 }
 
 mkdir -p build
