@@ -47,6 +47,7 @@ python_tests() {
   trap "kill $faults 2>/dev/null || true" EXIT  # when the script is stopped
   run_pytest tests/unit tests/parity tests/compat tests/bench || ok=1
   wait "$faults" || ok=1
+  trap - EXIT
   cat build/faults.log
   return "$ok"
 }
